@@ -1,0 +1,35 @@
+# On a fresh machine: `make run` or `make test`. The environment is .venv; constraints.txt pins it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE ?= pipelines/recipes/laptop.toml
+ARGS ?=
+
+.PHONY: setup run test check format clean
+setup: $(VENV)/.ready
+
+# torch goes first and alone: indexes that carry a CPU build offer it under this exact version.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,pipelines,eval,dev]"
+	touch $@
+
+run: setup
+	$(BIN)/m1 run $(RECIPE) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs dist

@@ -1,0 +1,1 @@
+"""One thin KFP component per stage: each imports the installed package and runs that stage."""

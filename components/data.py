@@ -1,0 +1,15 @@
+"""Clean, deduplicate and pack text; make tasks; train the tokenizer."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Output
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
+def data(
+    recipe: str,
+    output: Output[Dataset],
+) -> None:
+    """Clean, deduplicate and pack text; make tasks; train the tokenizer."""
+    from m1.launch import run_component
+
+    run_component("data", recipe, inputs={}, output=output)

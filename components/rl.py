@@ -1,0 +1,20 @@
+"""Reinforcement learning with CISPO."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Model, Output
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
+def rl(
+    recipe: str,
+    data: Input[Dataset],
+    pretrain: Input[Model],
+    output: Output[Model],
+    sft: Input[Model] | None = None,
+) -> None:
+    """Reinforcement learning with CISPO."""
+    from m1.launch import run_component
+
+    run_component(
+        "rl", recipe, inputs={"data": data, "pretrain": pretrain, "sft": sft}, output=output
+    )

@@ -1,0 +1,1 @@
+"""Attention kernels of M1; imports torch and triton only, never m1."""

@@ -1,0 +1,9 @@
+"""Lightning attention: o_t = q_t S_t with S_t = exp(-slope) S_{t-1} + k_t^T v_t, per head.
+
+Packed sequences throughout: q, k, v are [T, H, D] and `cu_seqlens` marks the sequence bounds.
+"""
+
+from m1_kernels.lightning_attention.dispatch import lightning_attention, lightning_attention_step
+from m1_kernels.lightning_attention.slopes import lightning_slopes
+
+__all__ = ["lightning_attention", "lightning_attention_step", "lightning_slopes"]

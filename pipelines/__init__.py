@@ -1,0 +1,1 @@
+"""The pipeline's DAG, its compilation, and its run on one machine."""

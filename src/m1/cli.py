@@ -1,0 +1,113 @@
+"""The command line: `m1 run | stage | compile | recipe | ui | doctor`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from m1 import cli_recipe
+from m1.config.loading import load_recipe
+from m1.config.schema import Recipe
+from m1.types import M1Error
+
+app = typer.Typer(
+    name="m1",
+    help="Train long-thinking models: data, pretraining, SFT, RL with CISPO, evaluation, lineage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_recipe.app, name="recipe")
+
+Recipes = Annotated[
+    list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one value, such as rl.loss.clip_eps_high=4.0."),
+]
+
+
+def main() -> None:
+    """Run the command line; a mistake that the user can mend ends with its message and status 1."""
+    try:
+        app()
+    except M1Error as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def run(recipe: Recipes, overrides: Overrides = None) -> None:
+    """Run a recipe's whole pipeline on this machine; finished stages are not repeated."""
+    from m1.pipeline import run_pipeline
+
+    run_pipeline(_load(recipe, overrides), console=Console())
+
+
+@app.command()
+def stage(
+    name: Annotated[str, typer.Argument(help="data, pretrain, sft, rl, evaluate or register.")],
+    recipe: Recipes,
+    overrides: Overrides = None,
+) -> None:
+    """Run one stage alone; the stages before it must be done."""
+    from m1.pipeline import run_single_stage
+
+    run_single_stage(name, _load(recipe, overrides), console=Console())
+
+
+@app.command(name="compile")
+def compile_(
+    recipe: Recipes,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path(
+        "pipeline.yaml"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Write the pipeline as KFP IR YAML."""
+    from m1.pipeline import load_pipelines
+
+    load_pipelines("compile").compile_pipeline(_load(recipe, overrides), output)
+    Console().print(f"wrote {output}")
+
+
+@app.command()
+def ui(
+    root: Annotated[Path, typer.Option(help="Run root.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port on localhost.")] = 5000,
+) -> None:
+    """Serve the lineage store and print its address."""
+    from m1.config.schema import TrackingConfig
+    from m1.tracking.lineage import tracking_uri
+    from m1.ui import serve
+
+    serve(tracking_uri(TrackingConfig(), root), root, port)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine can do, and what is missing for the rest."""
+    from dataclasses import asdict
+
+    from m1.doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        render(findings, Console())
+
+
+def _load(paths: list[Path], overrides: list[str] | None) -> Recipe:
+    return load_recipe(paths, overrides=overrides or [])
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

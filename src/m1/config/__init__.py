@@ -1,0 +1,1 @@
+"""The recipe: schema, loading, and the hashes of its stages. Importable without torch."""

@@ -1,0 +1,1 @@
+"""From raw text and task generators to packed tokens."""

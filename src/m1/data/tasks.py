@@ -1,0 +1,159 @@
+"""Verifiable tasks from reasoning-gym, unique by prompt, in disjoint splits for their uses."""
+
+import difflib
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m1.config.schema import TaskSourceConfig
+from m1.data.demonstrations import SOLVERS, require_solver
+from m1.storage import atomic_write
+from m1.types import M1Error, Task
+
+
+@dataclass(frozen=True)
+class TaskSplits:
+    """Tasks by use; no prompt occurs twice, within or across splits and sources."""
+
+    sft: tuple[Task, ...] = ()
+    rl: tuple[Task, ...] = ()
+    heldout: tuple[Task, ...] = ()
+    draws: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source: how many draws were `kept`, and why the others were not."""
+
+
+def make_tasks(configs: Sequence[TaskSourceConfig], seed: int) -> TaskSplits:
+    """Draw the tasks of every entry (names differ); same entries and seed give the same tasks.
+
+    All tasks of an entry are drawn first and shuffled before they are split. Uniqueness makes late
+    draws harder than early ones, and shuffling gives every split the same mixture.
+    """
+    taken: set[str] = set()
+    parts: dict[str, list[Task]] = {"sft": [], "rl": [], "heldout": []}
+    draws: dict[str, dict[str, int]] = {}
+    for config in configs:
+        if config.num_sft:
+            require_solver(config.name, config.dataset)
+        outcomes: Counter[str] = Counter()
+        tasks = _draw(config, seed, taken, outcomes)
+        draws[config.name] = dict(sorted(outcomes.items()))
+        random.Random(f"{seed}:{config.name}").shuffle(tasks)
+        counts = (config.num_heldout, config.num_rl, config.num_sft)
+        for split, count in zip(("heldout", "rl", "sft"), counts, strict=True):
+            parts[split] += tasks[:count]
+            del tasks[:count]
+    return TaskSplits(tuple(parts["sft"]), tuple(parts["rl"]), tuple(parts["heldout"]), draws)
+
+
+def num_shared_prompts(splits: TaskSplits) -> int:
+    """Prompts that occur more than once over all splits, white space aside."""
+    tasks = (*splits.sft, *splits.rl, *splits.heldout)
+    return sum(count > 1 for count in Counter(_prompt_key(task.prompt) for task in tasks).values())
+
+
+def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
+    """Write one JSON object a line."""
+    lines = [json.dumps(asdict(task), sort_keys=True, ensure_ascii=False) + "\n" for task in tasks]
+    atomic_write(path, "".join(lines).encode())
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Tasks that `write_tasks` wrote."""
+    with path.open(encoding="utf-8") as stream:
+        return [Task(**json.loads(line)) for line in stream]
+
+
+def _draw(
+    config: TaskSourceConfig, seed: int, taken: set[str], outcomes: Counter[str]
+) -> list[Task]:
+    """Enough tasks with prompts not in `taken`, which grows; all outcomes are counted."""
+    needed = config.num_sft + config.num_rl + config.num_heldout
+    num_draws = 20 * needed + 1000
+    dataset = _open_dataset(config, seed, num_draws)
+    tasks: list[Task] = []
+    for number in range(num_draws):
+        if len(tasks) == needed:
+            break
+        entry = dataset[number]
+        key = _prompt_key(entry["question"])
+        if key in taken:
+            outcomes["duplicate_prompt"] += 1
+            continue
+        taken.add(key)
+        task = _task(config, key, entry)
+        reason = _doubt(task, config.dataset, dataset, entry)
+        outcomes[reason or "kept"] += 1
+        if not reason:
+            tasks.append(task)
+    if len(tasks) < needed:
+        seen = ", ".join(f"{count} {reason}" for reason, count in sorted(outcomes.items()))
+        raise M1Error(
+            f"data.tasks {config.name!r} needs {needed} unique tasks (num_sft + num_rl + "
+            f"num_heldout), but {config.dataset} gave {len(tasks)} in {num_draws} draws ({seen}); "
+            f"lower those counts or widen its parameters {config.parameters} (more terms, digits)"
+        )
+    return tasks
+
+
+def _open_dataset(config: TaskSourceConfig, seed: int, size: int) -> Any:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if config.dataset not in DATASETS:
+        near = ", ".join(difflib.get_close_matches(config.dataset, DATASETS)) or "see reasoning-gym"
+        raise M1Error(
+            f"data.tasks {config.name!r} names dataset {config.dataset!r}, which reasoning-gym "
+            f"does not have; close names: {near}"
+        )
+    # Item i is drawn from seed + i, so neighbouring seeds would share nearly all items.
+    digest = hashlib.sha256(f"{seed}:{config.name}:{config.dataset}".encode()).digest()
+    own_seed = int.from_bytes(digest[:6], "big")
+    try:
+        return reasoning_gym.create_dataset(
+            config.dataset, **{**config.parameters, "seed": own_seed, "size": size}
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise M1Error(
+            f"data.tasks {config.name!r}: {config.dataset} refuses parameters {config.parameters} "
+            f"({error}); correct data.tasks.parameters"
+        ) from error
+
+
+def _task(config: TaskSourceConfig, key: str, entry: dict[str, Any]) -> Task:
+    return Task(
+        task_id=f"{config.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}",
+        source=config.name,
+        prompt=entry["question"],
+        reference=str(entry["answer"]),
+        verifier=f"reasoning_gym:{config.dataset}",
+        metadata=_plain(entry["metadata"]),
+    )
+
+
+def _doubt(task: Task, name: str, dataset: Any, entry: dict[str, Any]) -> str | None:
+    """Why a task's reference cannot be trusted, or None."""
+    if entry["answer"] is None or dataset.score_answer(task.reference, entry) < 1:
+        return "own_answer_rejected"
+    if name in SOLVERS:
+        solution = SOLVERS[name](task)
+        if solution is None or solution.answer != task.reference:
+            return "wrong_reference"
+    return None
+
+
+def _prompt_key(prompt: str) -> str:
+    return " ".join(prompt.split())
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that JSON has; what it lacks becomes text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,135 @@
+"""Byte-level BPE with digits as single tokens: training, and a fast reader that resists injection.
+
+The folder is a Hugging Face tokenizer. `Tokenizer` reads it without `transformers`, and never makes
+a special token from text: "<|end|>" in a document or a prompt is encoded as plain characters.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from m1.storage import atomic_write
+from m1.types import M1Error
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|pad|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message.role not in ['user', 'assistant'] -%}"
+    "{{- raise_exception('roles are user and assistant, not ' + message.role) -}}"
+    "{%- endif -%}"
+    "{{- '<|' + message.role + '|>' + message.content + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
+    """Train on `texts` and write a Hugging Face tokenizer folder; same texts, same bytes."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy an existing tokenizer folder after checking that it can serve."""
+    Tokenizer(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+class Tokenizer:
+    """Text to token ids and back; ids of the special tokens are attributes."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise M1Error(
+                f"{folder} has no tokenizer.json; give the folder of a Hugging Face fast tokenizer"
+            )
+        self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        # Despite its name the flag means: encode their spelling in text as plain characters.
+        self._tokenizer.encode_special_tokens = True
+        found = {token: self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        ids = {token: number for token, number in found.items() if number is not None}
+        missing = [token for token in SPECIAL_TOKENS if token not in ids]
+        if missing:
+            raise M1Error(
+                f"the tokenizer in {folder} lacks {' '.join(missing)}; add them as special tokens "
+                "or leave out data.tokenizer.path to train one"
+            )
+        self._special = frozenset(ids.values())
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.end_of_text: int = ids["<|endoftext|>"]
+        self.pad: int = ids["<|pad|>"]
+        self.user: int = ids["<|user|>"]
+        self.assistant: int = ids["<|assistant|>"]
+        self.end: int = ids["<|end|>"]
+        self.think_open: int = ids["<think>"]
+        self.think_close: int = ids["</think>"]
+        self.answer_open: int = ids["<answer>"]
+        self.answer_close: int = ids["</answer>"]
+        injected = [token for token in SPECIAL_TOKENS if self._special & {*self.encode(token)}]
+        if injected:
+            raise M1Error(
+                f"the tokenizer in {folder} makes special tokens from text ({' '.join(injected)}), "
+                'so prompts could forge turns; mark them "special": true in its added_tokens'
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, never special ones, nothing added."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        batch = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in batch]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of `ids`; special tokens appear by name unless skipped."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        return text

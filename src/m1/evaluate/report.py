@@ -1,0 +1,88 @@
+"""The report of a run: one HTML file that needs no network, with every figure inside."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from m1.evaluate.figures import MetricRows, pearson_r, render_figures
+from m1.evaluate.tables import card_tables
+from m1.tracking.graph import draw_stages
+from m1.tracking.page import stage_nodes
+from m1.tracking.progress import format_duration
+from m1.types import Pointer
+
+
+def write_report(
+    path: Path,
+    *,
+    summary: Mapping[str, Any],
+    card: Mapping[str, Any] | None,
+    metrics: Mapping[str, MetricRows],
+    probabilities: Mapping[str, Sequence[float]] | None,
+    recipe_json: str,
+    pointers: Mapping[str, Pointer],
+) -> None:
+    """Write the report; what a run does not have is replaced by a sentence that says so.
+
+    Args:
+        path: The HTML file to write.
+        summary: The run's summary.json.
+        card: The data card: any nested JSON object.
+        metrics: Lines of each stage's metrics.jsonl.
+        probabilities: Probabilities of the same tokens in `training` and in `inference` mode.
+        recipe_json: The resolved recipe.
+        pointers: Output of each finished stage.
+    """
+    environment = Environment(
+        loader=PackageLoader("m1.evaluate"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scores = summary.get("scores", {})
+    html = environment.get_template("report.html.j2").render(
+        summary=summary,
+        wall=format_duration(float(summary.get("wall_seconds", 0.0))),
+        graph=draw_stages(stage_nodes(summary, pointers)),
+        figures=render_figures(metrics, scores, probabilities),
+        correlation=_correlation(probabilities),
+        score_rows=_score_rows(scores),
+        tables=card_tables(card or {}),
+        pointers=pointers,
+        recipe=_pretty(recipe_json),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+
+
+def _correlation(probabilities: Mapping[str, Sequence[float]] | None) -> str:
+    if not probabilities:
+        return ""
+    return f"{pearson_r(probabilities['training'], probabilities['inference']):.5f}"
+
+
+def _score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    return [
+        {
+            "benchmark": benchmark,
+            "model": model,
+            "mean": f"{score['mean']:.3f}",
+            "interval": f"[{score['low']:.3f}, {score['high']:.3f}]",
+            "pass_at_k": _optional(score.get("pass_at_k")),
+            "n": str(score.get("n", "")),
+        }
+        for benchmark, row in scores.items()
+        for model, score in row.items()
+    ]
+
+
+def _optional(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+
+
+def _pretty(text: str) -> str:
+    return json.dumps(json.loads(text), indent=2, ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""From a stage's name to the code that runs it; what components and the command line call."""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from m1.config.schema import Recipe
+from m1.config.stages import parents_of, stages_of
+from m1.stage import StageBody, execute, finished
+from m1.types import M1Error, Pointer
+
+BODIES = {
+    "data": "m1.data.stage:data",
+    "pretrain": "m1.train.supervised:pretrain",
+    "sft": "m1.train.supervised:sft",
+    "rl": "m1.train.rl:rl",
+    "evaluate": "m1.evaluate.runner:evaluate",
+    "register": "m1.evaluate.register:register",
+}
+"""Import path of every stage's body, imported only when the stage runs: a finished stage costs no
+torch."""
+
+
+def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None = None) -> Pointer:
+    """Run one stage of a recipe, or find it done.
+
+    Raises:
+        M1Error: The recipe has no such stage, or the stage could not run.
+    """
+    if name not in stages_of(recipe):
+        raise M1Error(
+            f"recipe {recipe.name} has no stage {name!r}; it has: {', '.join(stages_of(recipe))}"
+        )
+
+    def body(*args: Any) -> Any:
+        module, _, function = BODIES[name].partition(":")
+        if name != "data":
+            importlib.import_module("m1.model.cpu").without_compilation()
+        loaded: StageBody = getattr(importlib.import_module(module), function)
+        return loaded(*args)
+
+    return execute(name, recipe, body, inputs=inputs)
+
+
+def stage_recipe(name: str, recipe: Recipe) -> Recipe:
+    """The recipe reduced to one stage and those it depends on.
+
+    Its stage hashes equal the whole recipe's, so a component that gets it is not run again, nor its
+    cached result in KFP discarded, when a later stage's table changes.
+    """
+    needed = {name, *parents_of(name, recipe)}
+    dropped = [s for s in stages_of(recipe) if s not in needed and s not in ("data", "pretrain")]
+    fields = {"register": "register_"}
+    return recipe.model_copy(update={fields.get(stage, stage): None for stage in dropped})
+
+
+def run_component(name: str, recipe_json: str, *, inputs: Mapping[str, Any], output: Any) -> None:
+    """Body of a KFP component: pointers of earlier stages in, this stage's pointer out.
+
+    Args:
+        name: The stage.
+        recipe_json: The resolved recipe as JSON.
+        inputs: KFP input artifacts by stage; None for stages that the recipe leaves out.
+        output: KFP output artifact; its file becomes the pointer, its metadata name the uri.
+    """
+    recipe = Recipe.model_validate_json(recipe_json)
+    pointers = {
+        stage: Pointer(**json.loads(Path(artifact.path).read_text()))
+        for stage, artifact in inputs.items()
+        if artifact is not None
+    }
+    pointer = run_stage(name, recipe, inputs=pointers)
+    Path(output.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(output.path).write_text(json.dumps(asdict(pointer)))
+    output.metadata["uri"] = pointer.uri
+    output.metadata["digest"] = pointer.digest
+    output.metadata["stage_hash"] = pointer.stage_hash
+
+
+def finished_stages(recipe: Recipe) -> dict[str, Pointer]:
+    """Pointers of the recipe's stages that are done, in order."""
+    found = {stage: finished(stage, recipe) for stage in stages_of(recipe)}
+    return {stage: pointer for stage, pointer in found.items() if pointer is not None}
+
+
+def project_root() -> Path:
+    """Folder with `pipelines/`: M1_PROJECT, or the nearest above the current folder or this file.
+
+    Raises:
+        M1Error: There is none; the wheel alone holds no pipeline definitions.
+    """
+    given = os.environ.get("M1_PROJECT")
+    starts = [Path(given)] if given else [Path.cwd(), Path(__file__).resolve()]
+    for start in starts:
+        for folder in (start, *start.parents):
+            if (folder / "pipelines" / "m1.py").is_file():
+                return folder
+    raise M1Error(
+        "no pipelines/m1.py in this folder or above it; run m1 inside a checkout of the project, "
+        "or set M1_PROJECT to one"
+    )

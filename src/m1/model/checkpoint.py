@@ -1,0 +1,189 @@
+"""Sharded checkpoints by megatron-core's dist_checkpointing: complete or absent, and verified.
+
+A checkpoint is written under a hidden name, its files' digests go into `complete.json`, and only
+then it gets its name. A crash leaves the previous checkpoint as it was.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
+
+from m1.storage import disk_errors
+from m1.types import M1Error
+
+MARKER = "complete.json"
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(
+    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, state: dict[str, Any]
+) -> str:
+    """Write a checkpoint at `folder`, which appears only when whole.
+
+    Args:
+        folder: Must not exist.
+        model: The bare model.
+        optimizer: Its optimizer.
+        state: JSON-like values of the stage (step, cursor, ...).
+
+    Returns:
+        The checkpoint's digest, sha256 over its manifest.
+
+    Raises:
+        M1Error: The disk is full or not writable; earlier checkpoints are intact.
+    """
+    sharded = model.sharded_state_dict(metadata=_METADATA)
+    optimizer_state = optimizer.sharded_state_dict(sharded, metadata=_METADATA)
+    return _write(folder, {"model": sharded, "optimizer": optimizer_state, "state": state})
+
+
+def save_weights(folder: Path, model: MegatronModule) -> str:
+    """Write only the model's weights at `folder`, for `load_weights`; returns the digest."""
+    return _write(folder, {"model": model.sharded_state_dict(metadata=_METADATA)})
+
+
+def _write(folder: Path, full: dict[str, Any]) -> str:
+    partial = folder.with_name(f".{folder.name}.partial")
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(partial, ignore_errors=True)
+        with disk_errors(folder.parent):
+            partial.mkdir(parents=True)
+    dist.barrier()
+    with disk_errors(folder.parent), _quiet():
+        dist_checkpointing.save(
+            full, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        )
+    digest = ""
+    if is_writer:
+        with disk_errors(folder.parent):
+            digest = _complete(partial, folder)
+    dist.barrier()
+    return digest
+
+
+def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Read model and optimizer in place; returns the saved `state`.
+
+    Raises:
+        M1Error: A file is missing or its content changed since it was written.
+    """
+    verify(folder)
+    sharded = model.sharded_state_dict(metadata=_METADATA)
+    full = {
+        "model": sharded,
+        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
+    }
+    with _quiet():
+        loaded = dist_checkpointing.load(full, str(folder))
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return loaded["state"]  # type: ignore[no-any-return]
+
+
+def load_weights(folder: Path, model: MegatronModule) -> None:
+    """Read only the model's weights in place.
+
+    Raises:
+        M1Error: A file is missing or its content changed since it was written.
+    """
+    verify(folder)
+    with _quiet():
+        loaded = dist_checkpointing.load(
+            {"model": model.sharded_state_dict(metadata=_METADATA)}, str(folder)
+        )
+    model.load_state_dict(loaded["model"])
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its digest.
+
+    Raises:
+        M1Error: Names the file that is missing or differs.
+    """
+    marker = folder / MARKER
+    if not marker.exists():
+        raise M1Error(
+            f"{folder} is not a complete checkpoint: it has no {MARKER}; delete the folder and "
+            "run again"
+        )
+    for name, expected in json.loads(marker.read_text())["files"].items():
+        path = folder / name
+        if not path.exists() or _sha256(path) != expected:
+            what = (
+                "is missing" if not path.exists() else "does not have the content that was written"
+            )
+            raise M1Error(
+                f"checkpoint {folder} is corrupt: {name} {what}. Delete that folder to go on from "
+                "the checkpoint before it (or from the stage's start); nothing else was touched"
+            )
+
+
+def latest(parent: Path) -> Path | None:
+    """The complete checkpoint with the highest step below `parent`."""
+    found = sorted(p for p in parent.glob("step_*") if (p / MARKER).exists())
+    return found[-1] if found else None
+
+
+def step_folder(parent: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies; names sort by step."""
+    return parent / f"step_{step:08d}"
+
+
+def prune(parent: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    found = sorted(p for p in parent.glob("step_*") if (p / MARKER).exists())
+    for path in [*found[:-keep], *parent.glob(".step_*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(partial: Path, folder: Path) -> str:
+    files = {
+        str(path.relative_to(partial)): _sha256(path)
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    }
+    manifest = json.dumps({"files": files}, indent=1, sort_keys=True)
+    with (partial / MARKER).open("w") as out:
+        out.write(manifest)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.rename(folder)
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence notices that megatron and torch repeat at every checkpoint."""
+    logger = logging.getLogger("megatron.core")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

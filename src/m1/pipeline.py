@@ -1,0 +1,273 @@
+"""`m1 run`: the recipe's pipeline on this machine, its display, report, summary and lineage."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+from m1.config.loading import recipe_json
+from m1.config.schema import Recipe
+from m1.config.stages import image_digest, recipe_hash, stage_hashes, stages_of
+from m1.launch import finished_stages, project_root, run_stage
+from m1.stage import read_metrics
+from m1.storage import LocalStorage, atomic_write, disk_errors, open_storage
+from m1.tracking.display import PipelineDisplay, print_summary
+from m1.tracking.events import read_events
+from m1.tracking.lineage import tracking_uri
+from m1.types import M1Error, Pointer
+
+
+def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
+    """Run every stage that is not done, then write report, summary and lineage.
+
+    Returns:
+        The run's summary.
+
+    Raises:
+        M1Error: A stage failed; its message, and what was complete stays complete.
+    """
+    started = time.time()
+    open_storage(recipe.storage.root).ensure_usable()
+    local = load_pipelines("local")
+    folder = run_folder(recipe)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "recipe.json", recipe_json(recipe).encode())
+    events = folder / "events.jsonl"
+    atomic_write(events, b"")
+    uri = tracking_uri(recipe.tracking, local_root(recipe))
+    parent = _open_parent(recipe, folder, uri)
+    environment = {
+        "M1_EVENTS": str(events.absolute()),
+        "M1_LAUNCHER_PID": str(os.getpid()),
+        # Sources edited during the run must not change its hashes.
+        "M1_IMAGE_DIGEST": image_digest(),
+        "MLFLOW_RUN_ID": parent,
+        "MLFLOW_TRACKING_URI": uri,
+        "PYTHONWARNINGS": "ignore",
+    }
+    saved = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    failure: BaseException | None = None
+    try:
+        with PipelineDisplay(stages_of(recipe), events, console):
+            local.run_locally(recipe, pipeline_root=folder / "kfp", log=folder / "pipeline.log")
+    except (RuntimeError, KeyboardInterrupt) as error:
+        failure = error
+    finally:
+        _restore_environment(saved)
+    outcome = conclude(recipe, folder, uri=uri, parent=parent, started=started, failure=failure)
+    print_summary(console, outcome, report_path=folder / "report.html", lineage_uri=uri)
+    if isinstance(failure, KeyboardInterrupt):
+        raise failure
+    if failure is not None:
+        raise M1Error(_failure_message(events, folder)) from failure
+    return outcome
+
+
+def run_single_stage(name: str, recipe: Recipe, *, console: Console) -> Pointer:
+    """Run one stage in this process and say where its output is."""
+    folder = run_folder(recipe)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    events = folder / "events.jsonl"
+    os.environ["M1_EVENTS"] = str(events.absolute())
+    with PipelineDisplay([name], events, console):
+        pointer = run_stage(name, recipe)
+    console.print(f"{name} {pointer.stage_hash[:12]}: {pointer.uri}", soft_wrap=True)
+    return pointer
+
+
+def load_pipelines(module: str) -> ModuleType:
+    """Import a module of the project's `pipelines` folder, which is not in the wheel.
+
+    Raises:
+        M1Error: KFP is not installed, or there is no project here.
+    """
+    root = str(project_root())
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    try:
+        return importlib.import_module(f"pipelines.{module}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("kfp"):
+            raise
+        raise M1Error("running a pipeline needs KFP; pip install 'm1[pipelines]'") from error
+
+
+def local_root(recipe: Recipe) -> Path:
+    """Folder on this machine for runs: the storage root, or the scratch folder beside S3."""
+    storage = open_storage(recipe.storage.root)
+    is_local = isinstance(storage, LocalStorage)
+    return Path(recipe.storage.root if is_local else recipe.storage.scratch).absolute()
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Folder of this recipe's run."""
+    return local_root(recipe) / f"{recipe.name}-{recipe_hash(recipe)[:12]}"
+
+
+def conclude(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    uri: str,
+    parent: str,
+    started: float,
+    failure: BaseException | None,
+) -> dict[str, Any]:
+    """Write summary.json, report.html and the lineage page, and end the MLflow run."""
+    from m1.evaluate.report import write_report
+    from m1.tracking.lineage import finish_pipeline, lineage_page, link_cached_stage
+
+    pointers = finished_stages(recipe)
+    summary = summarize(recipe, folder, pointers, wall_seconds=time.time() - started)
+    for stage, pointer in pointers.items():
+        if summary["stages"][stage]["status"] == "cached":
+            link_cached_stage(
+                parent,
+                uri=uri,
+                stage=stage,
+                stage_hash=pointer.stage_hash,
+                pointer=pointer,
+                seconds=summary["stages"][stage]["seconds"],
+            )
+    report = folder / "report.html"
+    write_report(
+        report,
+        summary=summary,
+        card=_read_json(_file_of(pointers, "data", "card.json")),
+        metrics={s: read_metrics(_stage_folder(p) / "metrics.jsonl") for s, p in pointers.items()},
+        probabilities=_read_json(
+            _stage_folder(pointers["rl"]) / "probabilities.json" if "rl" in pointers else None
+        ),
+        recipe_json=recipe_json(recipe),
+        pointers=pointers,
+    )
+    atomic_write(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    finish_pipeline(
+        uri=uri,
+        run_id=parent,
+        status="FINISHED" if failure is None else "FAILED",
+        summary=summary,
+        lineage_html=lineage_page(pointers, summary=summary, tracking=uri, run_id=parent),
+        report_path=report,
+    )
+    _point_latest(folder)
+    return summary
+
+
+def summarize(
+    recipe: Recipe, folder: Path, pointers: Mapping[str, Pointer], *, wall_seconds: float
+) -> dict[str, Any]:
+    """The run's summary.json."""
+    hashes = stage_hashes(recipe)
+    statuses = _statuses(folder / "events.jsonl", list(hashes))
+    evaluated = pointers.get("evaluate")
+    return {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "git_commit": git_commit(),
+        "wall_seconds": round(wall_seconds, 1),
+        "stages": {
+            stage: {
+                "hash": stage_hash,
+                "status": statuses[stage],
+                "seconds": pointers[stage].metadata.get("seconds", 0.0)
+                if stage in pointers
+                else 0.0,
+                "outputs": _outputs(pointers.get(stage)),
+            }
+            for stage, stage_hash in hashes.items()
+        },
+        "scores": evaluated.metadata["scores"] if evaluated is not None else {},
+    }
+
+
+def git_commit() -> str:
+    """Commit of the checkout, marked `-dirty` when it has changes; empty outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, capture_output=True, text=True, cwd=project_root(), timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired, M1Error):
+        return ""
+    return found.stdout.strip()
+
+
+def _open_parent(recipe: Recipe, folder: Path, uri: str) -> str:
+    from m1.tracking.lineage import start_pipeline
+
+    record = folder / "run.json"
+    previous = (_read_json(record) or {}).get("mlflow_run_id")
+    parent = start_pipeline(
+        uri=uri,
+        experiment=recipe.tracking.experiment,
+        name=recipe.name,
+        recipe_hash=recipe_hash(recipe),
+        recipe_json=recipe_json(recipe),
+        git_commit=git_commit(),
+        existing_run_id=previous,
+    )
+    atomic_write(record, json.dumps({"mlflow_run_id": parent, "tracking_uri": uri}).encode())
+    return parent
+
+
+def _statuses(events: Path, stages: list[str]) -> dict[str, str]:
+    words = {"end": "done", "cached": "cached", "error": "failed", "start": "failed"}
+    found = dict.fromkeys(stages, "waiting")
+    for event in read_events(events)[0]:
+        if event["event"] in words and event["stage"] in found:
+            found[event["stage"]] = words[event["event"]]
+    return found
+
+
+def _outputs(pointer: Pointer | None) -> dict[str, Any]:
+    if pointer is None:
+        return {}
+    kept = ("model_id", "model_name", "version", "alias", "hf_uri", "mlflow_run_id")
+    facts = {name: pointer.metadata[name] for name in kept if name in pointer.metadata}
+    return {"uri": pointer.uri, "digest": pointer.digest, "step": pointer.step, **facts}
+
+
+def _failure_message(events: Path, folder: Path) -> str:
+    for event in reversed(read_events(events)[0]):
+        if event["event"] == "error":
+            return f"stage {event['stage']} failed: {event['message']}"
+    return f"the pipeline stopped without a message; see the end of {folder / 'pipeline.log'}"
+
+
+def _stage_folder(pointer: Pointer) -> Path:
+    return Path(pointer.uri).parent
+
+
+def _file_of(pointers: Mapping[str, Pointer], stage: str, name: str) -> Path | None:
+    return Path(pointers[stage].uri) / name if stage in pointers else None
+
+
+def _read_json(path: Path | None) -> Any:
+    return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+
+def _point_latest(folder: Path) -> None:
+    link = folder.parent / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / "latest")
+
+
+def _restore_environment(saved: Mapping[str, str | None]) -> None:
+    for name, value in saved.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

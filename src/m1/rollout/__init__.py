@@ -1,0 +1,1 @@
+"""Groups of completions with rewards."""

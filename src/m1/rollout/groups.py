@@ -1,0 +1,66 @@
+"""Groups of completions with their rewards: from tasks to what the trainer learns from."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from m1.config.schema import RewardConfig, SamplingConfig
+from m1.data.chat import render_prompt
+from m1.data.tokenizer import Tokenizer
+from m1.inference.engine import Engine, Request
+from m1.rewards.rules import score
+from m1.types import Completion, Rollout, RolloutGroup, Task
+
+
+class Sampler(Protocol):
+    """Anything that turns tasks into groups."""
+
+    def __call__(self, tasks: Sequence[Task], *, seed: int) -> list[RolloutGroup]:
+        """One group per task."""
+
+
+def sample_groups(
+    engine: Engine,
+    tasks: Sequence[Task],
+    *,
+    tokenizer: Tokenizer,
+    group_size: int,
+    sampling: SamplingConfig,
+    reward: RewardConfig,
+    seed: int,
+) -> list[RolloutGroup]:
+    """Sample `group_size` completions of every task and score them.
+
+    The random stream of a completion depends on `seed`, the task and its number in the group alone.
+    """
+    requests = [
+        Request(
+            prompt_tokens=tuple(render_prompt(tokenizer, task.prompt)),
+            seeds=tuple(completion_seed(seed, task, i) for i in range(group_size)),
+        )
+        for task in tasks
+    ]
+    completions = engine.generate(requests, sampling)
+    return [
+        RolloutGroup(
+            task=task,
+            rollouts=tuple(
+                Rollout(task, c, score(task, completion_text(tokenizer, c), reward)) for c in group
+            ),
+        )
+        for task, group in zip(tasks, completions, strict=True)
+    ]
+
+
+def completion_seed(seed: int, task: Task, index: int) -> int:
+    """64-bit seed of one completion."""
+    key = f"{seed}/{task.task_id}/{index}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")
+
+
+def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
+    """Text of a completion without the end-of-turn token."""
+    tokens = list(completion.tokens)
+    if tokens and tokens[-1] == tokenizer.end:
+        tokens.pop()
+    return tokenizer.decode(tokens)

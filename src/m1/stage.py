@@ -1,0 +1,327 @@
+"""What every stage shares: found done or resumed by its hash, recorded, its pointer written last.
+
+A stage's folder is `<root>/stages/<stage>-<hash12>/`: `output/` (what the pointer names),
+`checkpoints/` and other work
+in progress, `metrics.jsonl`, `pointer.json`. Runs of any recipe that need the same stage share it.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from m1.config.schema import Recipe
+from m1.config.stages import parents_of, stage_hashes, stage_slice
+from m1.storage import (
+    LocalStorage,
+    Storage,
+    disk_errors,
+    folder_digest,
+    open_storage,
+    read_pointer,
+    write_pointer,
+)
+from m1.tracking.events import EventLog
+from m1.tracking.lineage import StageRun, open_stage_run, tracking_uri
+from m1.types import M1Error, Pointer
+
+LOCK_TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage's body returns; its files lie in the context's `output` folder."""
+
+    step: int | None = None
+    """Optimizer step of a model."""
+    is_model: bool = False
+    """Whether `output` holds a checkpoint, to be recorded as a logged model."""
+    datasets: tuple[str, ...] = ()
+    """Subfolders of `output` that are datasets, to be recorded with their digests."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Small JSON facts for the pointer."""
+
+
+@dataclass
+class StageContext:
+    """What a stage's body works with."""
+
+    name: str
+    stage_hash: str
+    folder: Path
+    """The stage's own folder, kept between attempts."""
+    inputs: Mapping[str, Pointer]
+    """Outputs of earlier stages, by stage."""
+    run: StageRun
+    """The stage's MLflow run."""
+    events: EventLog
+    _fetch: Callable[[Pointer], Path]
+
+    @property
+    def output(self) -> Path:
+        """Folder for what the stage makes; must be complete when the body returns."""
+        return self.folder / "output"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of resumable checkpoints."""
+        return self.folder / "checkpoints"
+
+    def path_of(self, stage: str) -> Path:
+        """Local folder with the output of an earlier stage, verified against its digest."""
+        return self._fetch(self.inputs[stage])
+
+    def phase(self, phase: str, done: int, total: int) -> None:
+        """Show progress of work that has no metrics."""
+        self.events.emit(self.name, "progress", phase=phase, step=done, total=total)
+
+    def log(self, metrics: Mapping[str, float], *, step: int, total: int) -> None:
+        """Record metrics of `step` (counted from 1) in metrics.jsonl, MLflow and the display."""
+        line = {"step": step, "total": total, "time": time.time(), "metrics": dict(metrics)}
+        with disk_errors(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.run.log_metrics(metrics, step=step)
+        self.events.emit(self.name, "progress", step=step, total=total, metrics=dict(metrics))
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics after `step`: work that a resumed stage is about to repeat."""
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        with disk_errors(self.folder):
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+StageBody = Callable[[StageContext, Recipe], StageOutput]
+
+
+def pointer_key(stage: str, stage_hash: str) -> str:
+    """Where a stage's pointer lies below the run root."""
+    return f"stages/{stage}-{stage_hash[:12]}/pointer.json"
+
+
+def finished(stage: str, recipe: Recipe) -> Pointer | None:
+    """The pointer of a stage that is done, or None."""
+    storage = open_storage(recipe.storage.root)
+    stage_hash = stage_hashes(recipe)[stage]
+    pointer = read_pointer(storage, pointer_key(stage, stage_hash))
+    return pointer if pointer is not None and pointer.stage_hash == stage_hash else None
+
+
+def execute(
+    stage: str, recipe: Recipe, body: StageBody, *, inputs: Mapping[str, Pointer] | None = None
+) -> Pointer:
+    """Run a stage unless it is done, from where an earlier attempt stopped.
+
+    Args:
+        stage: Name in `m1.config.stages.STAGES`.
+        recipe: The whole recipe; only the stage's slice is part of its hash.
+        body: Does the work; may be entered again after a crash, with what it left in its folder.
+        inputs: Pointers of earlier stages; absent: found by their hashes.
+
+    Returns:
+        The stage's pointer.
+
+    Raises:
+        M1Error: An input is missing or corrupt, another process runs the stage, the storage cannot
+            be used, or the body met a condition that the user can mend.
+    """
+    events = EventLog(Path(os.environ["M1_EVENTS"]) if "M1_EVENTS" in os.environ else None)
+    try:
+        done = finished(stage, recipe)
+        if done is not None:
+            events.emit(stage, "cached", seconds=done.metadata.get("seconds", 0.0))
+            return done
+        _exit_with_launcher()
+        storage = open_storage(recipe.storage.root)
+        storage.ensure_usable()
+        resolved = dict(inputs) if inputs is not None else _find_inputs(stage, recipe)
+        return _run(stage, recipe, body, resolved, storage, events)
+    except M1Error as error:
+        events.emit(stage, "error", message=str(error))
+        raise
+    except BaseException as error:
+        events.emit(stage, "error", message=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(
+    stage: str,
+    recipe: Recipe,
+    body: StageBody,
+    inputs: Mapping[str, Pointer],
+    storage: Storage,
+    events: EventLog,
+) -> Pointer:
+    stage_hash = stage_hashes(recipe)[stage]
+    local = Path(
+        recipe.storage.root if isinstance(storage, LocalStorage) else recipe.storage.scratch
+    )
+    folder = (local / "stages" / f"{stage}-{stage_hash[:12]}").absolute()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
+    except Timeout:
+        raise M1Error(
+            f"stage {stage} is being run by another process (lock {folder / '.lock'}); "
+            "wait for it or stop it"
+        ) from None
+    with lock:
+        started = time.time()
+        events.emit(stage, "start")
+        run = open_stage_run(
+            uri=tracking_uri(recipe.tracking, local),
+            experiment=recipe.tracking.experiment,
+            stage=stage,
+            stage_hash=stage_hash,
+        )
+        context = StageContext(
+            name=stage,
+            stage_hash=stage_hash,
+            folder=folder,
+            inputs=inputs,
+            run=run,
+            events=events,
+            _fetch=lambda pointer: fetch(pointer, scratch=local),
+        )
+        status = "FAILED"
+        try:
+            _log_inputs(run, recipe, stage, inputs)
+            output = body(context, recipe)
+            pointer = _finish(context, output, storage, round(time.time() - started, 3))
+            status = "FINISHED"
+        finally:
+            run.close(status)  # type: ignore[arg-type]
+        write_pointer(storage, pointer_key(stage, stage_hash), pointer)
+        events.emit(stage, "end", seconds=pointer.metadata["seconds"])
+        return pointer
+
+
+def _finish(
+    context: StageContext, output: StageOutput, storage: Storage, seconds: float
+) -> Pointer:
+    key = f"stages/{context.name}-{context.stage_hash[:12]}"
+    digest = folder_digest(context.output)
+    if not isinstance(storage, LocalStorage):
+        storage.upload_folder(context.output, f"{key}/output")
+        metrics = context.folder / "metrics.jsonl"
+        if metrics.exists():
+            storage.write_bytes(f"{key}/metrics.jsonl", metrics.read_bytes())
+    uri = storage.uri(f"{key}/output")
+    metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
+    for name in output.datasets:
+        context.run.log_dataset(
+            name,
+            source_uri=f"{uri}/{name}",
+            digest=folder_digest(context.output / name),
+            context="output",
+        )
+    if output.is_model:
+        parent = _parent_model(context.inputs)
+        metadata["model_id"] = context.run.log_output_model(
+            f"{context.name}-checkpoint",
+            checkpoint_uri=uri,
+            step=output.step or 0,
+            parent_model_id=parent,
+        )
+    return Pointer(
+        stage=context.name,
+        stage_hash=context.stage_hash,
+        uri=uri,
+        digest=digest,
+        step=output.step,
+        metadata=metadata,
+    )
+
+
+def fetch(pointer: Pointer, *, scratch: Path) -> Path:
+    """Local folder with a stage's output, downloaded from S3 if need be, and verified.
+
+    Raises:
+        M1Error: A file of the output is missing or differs from what was written.
+    """
+    if pointer.uri.startswith("s3://"):
+        folder = scratch / "downloads" / pointer.digest[:16]
+        if not folder.exists():
+            root, _, key = pointer.uri.partition("/stages/")
+            open_storage(root).download_folder(f"stages/{key}", folder)
+    else:
+        folder = Path(pointer.uri)
+    found = folder_digest(folder) if folder.is_dir() else None
+    if found != pointer.digest:
+        what = (
+            "is missing"
+            if found is None
+            else f"has digest {found[:12]}, not {pointer.digest[:12]} as written"
+        )
+        raise M1Error(
+            f"the output of stage {pointer.stage} at {folder} is corrupt: it {what}. Delete "
+            f"{folder.parent} to compute that stage again; other stages' results are not touched"
+        )
+    return folder
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _find_inputs(stage: str, recipe: Recipe) -> dict[str, Pointer]:
+    found = {parent: finished(parent, recipe) for parent in parents_of(stage, recipe)}
+    missing = [parent for parent, pointer in found.items() if pointer is None]
+    if missing:
+        raise M1Error(
+            f"stage {stage} needs the results of {', '.join(missing)}, which are not in "
+            f"{recipe.storage.root}; run `m1 stage {missing[0]} RECIPE` first, or "
+            "the whole recipe with `m1 run RECIPE`"
+        )
+    return {parent: pointer for parent, pointer in found.items() if pointer is not None}
+
+
+def _parent_model(inputs: Mapping[str, Pointer]) -> str | None:
+    ids = [p.metadata["model_id"] for p in inputs.values() if "model_id" in p.metadata]
+    return ids[-1] if ids else None
+
+
+def _log_inputs(run: StageRun, recipe: Recipe, stage: str, inputs: Mapping[str, Pointer]) -> None:
+    run.log_params(stage_slice(stage, recipe))
+    if "data" in inputs:
+        data = inputs["data"]
+        run.log_dataset("data", source_uri=data.uri, digest=data.digest, context="training")
+    for pointer in inputs.values():
+        if "model_id" in pointer.metadata:
+            run.log_input_model(pointer.metadata["model_id"])
+
+
+def _exit_with_launcher() -> None:
+    """End this process when the launcher named in M1_LAUNCHER_PID dies, even by SIGKILL."""
+    pid = os.environ.get("M1_LAUNCHER_PID")
+    if pid is None:
+        return
+    try:
+        launcher = psutil.Process(int(pid))
+    except psutil.NoSuchProcess:
+        os._exit(1)
+
+    def watch() -> None:
+        while launcher.is_running():
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

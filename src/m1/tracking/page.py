@@ -1,0 +1,90 @@
+"""The lineage page: MLflow links models to runs but draws no chain, so one HTML file does."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from m1.config.stages import STAGES
+from m1.tracking.graph import StageNode, draw_stages
+from m1.tracking.progress import format_duration
+from m1.types import Pointer
+
+_MLFLOW_KEYS = ("mlflow_run_id", "model_id", "model_version")
+
+
+def lineage_page(
+    pointers: Mapping[str, Pointer],
+    *,
+    summary: Mapping[str, Any],
+    tracking: str,
+    run_id: str,
+) -> str:
+    """One self-contained HTML page from data to registered model.
+
+    Args:
+        pointers: Output of each finished stage; `metadata` may name its MLflow ids.
+        summary: The run's summary.json.
+        tracking: MLflow tracking URI that holds the ids.
+        run_id: The pipeline's MLflow run.
+
+    Returns:
+        HTML without any outside reference.
+    """
+    return str(
+        _template().render(
+            summary=summary,
+            tracking=tracking,
+            run_id=run_id,
+            graph=draw_stages(stage_nodes(summary, pointers)),
+            stages=[_details(pointer, pointers) for pointer in pointers.values()],
+        )
+    )
+
+
+def stage_nodes(summary: Mapping[str, Any], pointers: Mapping[str, Pointer]) -> list[StageNode]:
+    """Boxes for the stages that the summary or a pointer names, in order of execution."""
+    told = summary.get("stages", {})
+    nodes = []
+    for name, spec in STAGES.items():
+        if name not in told and name not in pointers:
+            continue
+        state = told.get(name, {})
+        pointer = pointers.get(name)
+        seconds = state.get("seconds")
+        nodes.append(
+            StageNode(
+                name=name,
+                status=str(state.get("status", "")),
+                detail=format_duration(float(seconds)) if seconds is not None else "",
+                stage_hash=str(state.get("hash") or (pointer.stage_hash if pointer else "")),
+                parents=spec.parents,
+            )
+        )
+    return nodes
+
+
+def _details(pointer: Pointer, pointers: Mapping[str, Pointer]) -> dict[str, Any]:
+    ids = {key: pointer.metadata[key] for key in _MLFLOW_KEYS if pointer.metadata.get(key)}
+    others = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in pointer.metadata.items()
+        if key not in ids
+    }
+    parents = STAGES[pointer.stage].parents if pointer.stage in STAGES else ()
+    return {
+        "pointer": pointer,
+        "ids": ids,
+        "others": {key: text for key, text in others.items() if len(text) <= 400},
+        "reads": [parent for parent in parents if parent in pointers],
+    }
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("m1.tracking"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("lineage.html.j2")

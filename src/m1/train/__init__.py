@@ -1,0 +1,1 @@
+"""Pretraining, SFT and RL."""

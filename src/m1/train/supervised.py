@@ -1,0 +1,120 @@
+"""Pretraining and SFT: next-token prediction on packed rows, from the last checkpoint."""
+
+import shutil
+import time
+
+from m1.config.schema import ModelConfig, Recipe, TrainConfig
+from m1.data.packing import PackedRows
+from m1.data.tokenizer import Tokenizer
+from m1.model import checkpoint
+from m1.model.build import padded_vocab
+from m1.model.parallel import initialize
+from m1.stage import StageContext, StageOutput
+from m1.train.batches import row_batches, rows_of_step
+from m1.train.schedule import learning_rate
+from m1.train.trainer import Trainer, cross_entropy
+from m1.types import M1Error
+
+MAX_HELDOUT_ROWS = 64
+
+
+def pretrain(context: StageContext, recipe: Recipe) -> StageOutput:
+    """Continual pretraining (paper sec. 2.1) on packed text."""
+    trainer = make_trainer(context, recipe.model, recipe.pretrain, seed=recipe.seed)
+    return train_on_rows(context, trainer, recipe.pretrain, dataset="pretrain", seed=recipe.seed)
+
+
+def sft(context: StageContext, recipe: Recipe) -> StageOutput:
+    """Supervised fine-tuning (paper sec. 2.2) on worked solutions in the chat format."""
+    assert recipe.sft is not None
+    trainer = make_trainer(context, recipe.model, recipe.sft, seed=recipe.seed)
+    if checkpoint.latest(context.checkpoints) is None:
+        trainer.load_weights(context.path_of("pretrain") / "checkpoint")
+    return train_on_rows(context, trainer, recipe.sft, dataset="sft", seed=recipe.seed)
+
+
+def make_trainer(
+    context: StageContext, model: ModelConfig, config: TrainConfig, *, seed: int
+) -> Trainer:
+    """A trainer with initial weights for the tokenizer's vocabulary."""
+    initialize(config.parallel, seed=seed)
+    tokenizer = Tokenizer(context.path_of("data") / "tokenizer")
+    return Trainer(
+        model,
+        config.optimizer,
+        vocab_size=padded_vocab(model, tokenizer.vocab_size),
+        seed=seed,
+        parallel=config.parallel,
+    )
+
+
+def train_on_rows(
+    context: StageContext, trainer: Trainer, config: TrainConfig, *, dataset: str, seed: int
+) -> StageOutput:
+    """Make `config.num_steps` updates on the rows of a dataset, checkpointing on the way.
+
+    Every update is a function of the weights, the optimizer state and the step, so an interrupted
+    run ends with the same weights as an uninterrupted one.
+    """
+    folder = context.path_of("data") / dataset
+    rows, heldout = PackedRows(folder / "train"), PackedRows(folder / "heldout")
+    if len(rows) == 0:
+        raise M1Error(f"{folder} has no packed rows to train on; widen data.sources or data.tasks")
+    name = context.name
+    step = resume(context, trainer)
+    while step < config.num_steps:
+        started = time.perf_counter()
+        indices = rows_of_step(len(rows), step=step, batch_rows=config.global_batch_rows, seed=seed)
+        batches = row_batches(rows, indices, rows_per_micro_batch=config.micro_batch_rows)
+        lr = learning_rate(
+            config.schedule, peak=config.optimizer.lr, step=step, num_steps=config.num_steps
+        )
+        result = trainer.update(batches, cross_entropy, lr=lr)
+        step += 1
+        num_tokens = sum(b.tokens.numel() for b in batches)
+        metrics = {
+            f"{name}/loss": result.sums["loss"],
+            f"{name}/grad_norm": result.grad_norm,
+            f"{name}/learning_rate": lr,
+            f"{name}/tokens_per_second": num_tokens / (time.perf_counter() - started),
+        }
+        if step % config.eval_every_steps == 0 or step == config.num_steps:
+            metrics[f"{name}/heldout_loss"] = heldout_loss(trainer, heldout, config)
+        context.log(metrics, step=step, total=config.num_steps)
+        if step % config.checkpoint_every_steps == 0 and step < config.num_steps:
+            save(context, trainer, step, keep=config.keep_checkpoints)
+    return publish(context, trainer, step)
+
+
+def heldout_loss(trainer: Trainer, rows: PackedRows, config: TrainConfig) -> float:
+    """Mean loss in nats per token on at most `MAX_HELDOUT_ROWS` held-out rows."""
+    count = min(len(rows), MAX_HELDOUT_ROWS)
+    if count == 0:
+        return float("nan")
+    batches = row_batches(rows, range(count), rows_per_micro_batch=config.micro_batch_rows)
+    return trainer.evaluate(batches, cross_entropy)["loss"]
+
+
+def resume(context: StageContext, trainer: Trainer) -> int:
+    """Load the newest checkpoint of this stage, if any; returns the step to go on from."""
+    found = checkpoint.latest(context.checkpoints)
+    step = int(trainer.load(found)["step"]) if found is not None else 0
+    context.rewind(step)
+    return step
+
+
+def save(context: StageContext, trainer: Trainer, step: int, *, keep: int, **state: object) -> None:
+    """Write a resumable checkpoint and drop old ones."""
+    trainer.save(
+        checkpoint.step_folder(context.checkpoints, step),
+        {"step": step, **state},
+    )
+    checkpoint.prune(context.checkpoints, keep=keep)
+
+
+def publish(context: StageContext, trainer: Trainer, step: int, **metadata: object) -> StageOutput:
+    """Make the trained model the stage's output, with its tokenizer beside it."""
+    shutil.rmtree(context.output, ignore_errors=True)
+    trainer.save_weights(context.output / "checkpoint")
+    shutil.copytree(context.path_of("data") / "tokenizer", context.output / "tokenizer")
+    return StageOutput(step=step, is_model=True, metadata=dict(metadata))

@@ -1,0 +1,78 @@
+"""What the rooms of the house pass to each other. Standard library only, frozen."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class M1Error(Exception):
+    """A condition the user can mend; the message says what was given, why it fails, the remedy."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """An immutable dataset row with a checkable answer."""
+
+    task_id: str
+    source: str
+    prompt: str
+    reference: str
+    verifier: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Tokens that a policy sampled after a prompt, with what the sampler knew about them."""
+
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Natural log-probability of each token under the sampling engine before temperature and
+    top-p."""
+    entropies: tuple[float, ...]
+    """Entropy in nats of each next-token distribution before temperature and top-p."""
+    finish_reason: str
+    """`stop`, `length` or `repetition`."""
+    policy_versions: tuple[int, ...]
+    """Version of the weights that made each token."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A training reward and its parts; `accuracy` is the unshaped correctness for filtering."""
+
+    total: float
+    accuracy: float
+    parts: dict[str, float]
+    is_failed: bool = False
+    """True after an infrastructure failure: the rollout is left out, never scored zero."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode: a completion of a task and its reward."""
+
+    task: Task
+    completion: Completion
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one task."""
+
+    task: Task
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What passes between stages: where a finished output lies and its digest. Written last."""
+
+    stage: str
+    stage_hash: str
+    uri: str
+    digest: str
+    """sha256 over the sorted (relative path, size, sha256) of every file below `uri`."""
+    step: int | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
