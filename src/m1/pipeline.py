@@ -17,12 +17,15 @@ from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import image_digest, recipe_hash, stage_hashes, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import read_metrics
+from m1.stage import METRICS, pointer_key, read_metrics
 from m1.storage import LocalStorage, atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
 from m1.tracking.lineage import tracking_uri
 from m1.types import M1Error, Pointer
+
+PROBABILITIES = "probabilities.json"
+"""Probabilities of sampled tokens in training and inference mode, kept by the rl stage."""
 
 
 def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -144,10 +147,10 @@ def conclude(
     write_report(
         report,
         summary=summary,
-        card=_read_json(_file_of(pointers, "data", "card.json")),
-        metrics={s: read_metrics(_stage_folder(p) / "metrics.jsonl") for s, p in pointers.items()},
+        card=pointers["data"].metadata.get("card") if "data" in pointers else None,
+        metrics={s: read_metrics(_stage_folder(recipe, p) / METRICS) for s, p in pointers.items()},
         probabilities=_read_json(
-            _stage_folder(pointers["rl"]) / "probabilities.json" if "rl" in pointers else None
+            _stage_folder(recipe, pointers["rl"]) / PROBABILITIES if "rl" in pointers else None
         ),
         recipe_json=recipe_json(recipe),
         pointers=pointers,
@@ -246,12 +249,9 @@ def _failure_message(events: Path, folder: Path) -> str:
     return f"the pipeline stopped without a message; see the end of {folder / 'pipeline.log'}"
 
 
-def _stage_folder(pointer: Pointer) -> Path:
-    return Path(pointer.uri).parent
-
-
-def _file_of(pointers: Mapping[str, Pointer], stage: str, name: str) -> Path | None:
-    return Path(pointers[stage].uri) / name if stage in pointers else None
+def _stage_folder(recipe: Recipe, pointer: Pointer) -> Path:
+    """Folder on this machine where the stage worked; empty of files when it ran elsewhere."""
+    return local_root(recipe) / Path(pointer_key(pointer.stage, pointer.stage_hash)).parent
 
 
 def _read_json(path: Path | None) -> Any:

@@ -33,6 +33,7 @@ from m1.tracking.lineage import StageRun, open_stage_run, tracking_uri
 from m1.types import M1Error, Pointer
 
 LOCK_TIMEOUT_SECONDS = 60.0
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class StageContext:
     def log(self, metrics: Mapping[str, float], *, step: int, total: int) -> None:
         """Record metrics of `step` (counted from 1) in metrics.jsonl, MLflow and the display."""
         line = {"step": step, "total": total, "time": time.time(), "metrics": dict(metrics)}
-        with disk_errors(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
+        with disk_errors(self.folder), (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.run.log_metrics(metrics, step=step)
         self.events.emit(self.name, "progress", step=step, total=total, metrics=dict(metrics))
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: work that a resumed stage is about to repeat."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         with disk_errors(self.folder):
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -212,9 +213,9 @@ def _finish(
     digest = folder_digest(context.output)
     if not isinstance(storage, LocalStorage):
         storage.upload_folder(context.output, f"{key}/output")
-        metrics = context.folder / "metrics.jsonl"
+        metrics = context.folder / METRICS
         if metrics.exists():
-            storage.write_bytes(f"{key}/metrics.jsonl", metrics.read_bytes())
+            storage.write_bytes(f"{key}/{METRICS}", metrics.read_bytes())
     uri = storage.uri(f"{key}/output")
     metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
     for name in output.datasets:

@@ -38,7 +38,7 @@ def recurrent(
     outputs, finals = [], []
     for n, (start, end) in enumerate(pairwise(bounds)):
         if initial_state is None:
-            state = torch.zeros(q.shape[1], q.shape[2], v.shape[2], dtype=torch.float64)
+            state = q.new_zeros(q.shape[1], q.shape[2], v.shape[2])
         else:
             state = initial_state[n].double()
         for t in range(start, end):

@@ -142,6 +142,8 @@ class TaskSourceConfig(Config):
     """Keyword arguments of that dataset's configuration."""
     num_sft: NonNegativeInt = 0
     """Tasks with worked demonstrations for SFT."""
+    worked_fraction: Fraction = 1.0
+    """Share of the demonstrations that show their steps; the others think nothing and answer."""
     num_rl: NonNegativeInt = 0
     """Tasks for RL."""
     num_heldout: NonNegativeInt = 0

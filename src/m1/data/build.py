@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 # Byte-pair statistics settle long before this much text.
 _MAX_TOKENIZER_CHARACTERS = 32_000_000
+# Prompts are few beside the corpus, but every SFT and RL token depends on how they are cut.
+_PROMPT_SHARE = 0.1
 _OVERLAP_WORDS = 13
 _MAX_OVERLAP = 0.5
 _BATCH = 64
@@ -71,7 +73,7 @@ def build(config: DataConfig, *, seed: int, folder: Path, report: Report) -> dic
         if config.tokenizer.path:
             copy_tokenizer(Path(config.tokenizer.path), folder / "tokenizer")
         else:
-            texts = _tokenizer_texts(split.train) + [task.prompt for task in tasks.sft]
+            texts = _tokenizer_texts(split.train, [task.prompt for task in tasks.sft])
             train_tokenizer(
                 texts, vocab_size=config.tokenizer.vocab_size, folder=folder / "tokenizer"
             )
@@ -178,11 +180,15 @@ def _document_key(document: Document) -> str:
     return f"{document.source}/{document.identifier}"
 
 
-def _tokenizer_texts(documents: Sequence[Document]) -> list[str]:
-    """Evenly spaced documents of bounded total length."""
+def _tokenizer_texts(documents: Sequence[Document], prompts: Sequence[str]) -> list[str]:
+    """Evenly spaced documents of bounded total length, and prompts repeated to a share of them."""
     total = sum(len(document.text) for document in documents)
-    stride = -(-total // _MAX_TOKENIZER_CHARACTERS)
-    return [document.text for document in documents[:: max(1, stride)]]
+    stride = max(1, -(-total // _MAX_TOKENIZER_CHARACTERS))
+    texts = [document.text for document in documents[::stride]]
+    if not prompts:
+        return texts
+    wanted = _PROMPT_SHARE * total / stride
+    return texts + list(prompts) * max(1, round(wanted / sum(map(len, prompts))))
 
 
 def _build_pretrain(
@@ -223,7 +229,7 @@ def _build_sft(
 ) -> dict[str, Any] | None:
     if not tasks:
         return None
-    rendered = _render(tasks, tokenizer, report)
+    rendered = _render(tasks, tokenizer, _worked_tasks(config, tasks, seed), report)
     fitting = [item for item in rendered if len(item.tokens) <= config.sequence_length]
     if len(fitting) < 2:
         shortest = min(len(item.tokens) for item in rendered)
@@ -249,13 +255,26 @@ def _build_sft(
     return facts
 
 
-def _render(tasks: Sequence[Task], tokenizer: Tokenizer, report: Report) -> list[_Demonstration]:
+def _worked_tasks(config: DataConfig, tasks: Sequence[Task], seed: int) -> set[str]:
+    """Tasks whose demonstration shows its steps, drawn per source."""
+    worked: set[str] = set()
+    for source in config.tasks:
+        own = [task.task_id for task in tasks if task.source == source.name]
+        shuffled = np.random.default_rng((seed, len(own))).permutation(len(own))
+        count = round(source.worked_fraction * len(own))
+        worked |= {own[number] for number in shuffled[:count]}
+    return worked
+
+
+def _render(
+    tasks: Sequence[Task], tokenizer: Tokenizer, worked: set[str], report: Report
+) -> list[_Demonstration]:
     dtype = token_dtype(tokenizer.vocab_size)
     rendered = []
     for number, task in enumerate(tasks):
         if number % _BATCH == 0:
             report("demonstrations", number, len(tasks))
-        think = write_solution(task)
+        think = write_solution(task) if task.task_id in worked else ""
         tokens, mask = render_demonstration(tokenizer, task.prompt, think, task.reference)
         rendered.append(_Demonstration(task.task_id, np.array(tokens, dtype), np.array(mask)))
     report("demonstrations", len(tasks), len(tasks))

@@ -130,8 +130,8 @@ def build_model(
     """
     if model.precision != "fp32":
         raise M1Error(
-            f"model.precision is {model.precision!r}, which needs Transformer Engine's modules, and "
-            "this version builds the fp32 model only; set model.precision = 'fp32'"
+            f"model.precision is {model.precision!r}, which needs Transformer Engine's modules, "
+            "and this version builds the fp32 model only; set model.precision = 'fp32'"
         )
     config = transformer_config(model, parallel or ParallelConfig())
     torch.manual_seed(seed)

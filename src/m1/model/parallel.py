@@ -39,7 +39,8 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
         raise M1Error(
             f"parallel layout tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
             f"context {parallel.context} x data {parallel.data} needs "
-            f"{model_ranks * parallel.data} processes, but {world} are running; change the layout or start that many with torchrun"
+            f"{model_ranks * parallel.data} processes, but {world} are running; "
+            "change the layout or start that many with torchrun"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

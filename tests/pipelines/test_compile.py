@@ -1,0 +1,92 @@
+"""The compiled pipeline: byte-equal, strictly valid, and runnable from its YAML."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from google.protobuf import json_format
+from kfp.pipeline_spec import pipeline_spec_pb2
+
+from m1.config.loading import load_recipe
+from m1.config.schema import Recipe
+from m1.config.stages import stage_hashes, stages_of
+from m1.launch import finished_stages, stage_recipe
+from m1.pipeline import load_pipelines
+
+ROOT = Path(__file__).parents[2]
+RECIPES = [
+    "pipelines/recipes/laptop.toml",
+    "pipelines/recipes/m1_456b.toml",
+    "tests/recipes/mini.toml",
+]
+
+
+def compiled(recipe: Recipe, path: Path) -> dict:
+    load_pipelines("compile").compile_pipeline(recipe, path)
+    return next(yaml.safe_load_all(path.read_text()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recompilation_gives_the_same_bytes(name, tmp_path):
+    recipe = load_recipe([ROOT / name])
+    compiled(recipe, tmp_path / "a.yaml")
+    compiled(recipe, tmp_path / "b.yaml")
+    assert (tmp_path / "a.yaml").read_bytes() == (tmp_path / "b.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_specification_parses_strictly_and_every_reference_resolves(name, tmp_path):
+    recipe = load_recipe([ROOT / name])
+    document = compiled(recipe, tmp_path / "p.yaml")
+    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
+    executors = json_format.MessageToDict(spec.deployment_spec)["executors"]
+    for executor in executors.values():
+        json_format.ParseDict(executor, pipeline_spec_pb2.PipelineDeploymentConfig.ExecutorSpec())
+        assert executor["container"]["image"] == recipe.image
+    tasks = spec.root.dag.tasks
+    assert set(tasks) == set(stages_of(recipe))
+    for task in tasks.values():
+        component = spec.components[task.component_ref.name]
+        assert component.executor_label in executors
+        assert set(task.dependent_tasks) <= set(tasks)
+
+
+def test_a_misspelt_field_in_the_specification_is_refused(tmp_path):
+    document = compiled(load_recipe([ROOT / RECIPES[0]]), tmp_path / "p.yaml")
+    document["bogusField"] = 1
+    with pytest.raises(json_format.ParseError, match="bogusField"):
+        json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
+
+
+def test_a_stage_absent_from_the_recipe_is_absent_from_the_dag(tmp_path):
+    recipe = load_recipe([ROOT / RECIPES[2]]).model_copy(update={"sft": None, "register_": None})
+    document = compiled(recipe, tmp_path / "p.yaml")
+    assert set(document["root"]["dag"]["tasks"]) == {"data", "pretrain", "rl", "evaluate"}
+
+
+def test_a_components_recipe_has_the_hashes_of_the_whole_and_nothing_of_later_stages():
+    recipe = load_recipe([ROOT / RECIPES[2]])
+    whole = stage_hashes(recipe)
+    for stage in stages_of(recipe):
+        reduced = Recipe.model_validate_json(
+            stage_recipe(stage, recipe).model_dump_json(by_alias=True)
+        )
+        assert stage_hashes(reduced)[stage] == whole[stage]
+    assert stage_recipe("pretrain", recipe).rl is None
+
+
+def test_the_compiled_yaml_runs_locally(tmp_path):
+    recipe = load_recipe([ROOT / RECIPES[2]], overrides=[f"storage.root={tmp_path}/runs"])
+    recipe = recipe.model_copy(
+        update={"sft": None, "rl": None, "evaluate": None, "register_": None}
+    )
+    path = tmp_path / "pipeline.yaml"
+    compiled(recipe, path)
+    load_pipelines("local").run_compiled(
+        path, pipeline_root=tmp_path / "kfp", log=tmp_path / "log.txt"
+    )
+    pointers = finished_stages(recipe)
+    assert list(pointers) == ["data", "pretrain"]
+    emitted = json.loads(next((tmp_path / "kfp").rglob("pretrain/output")).read_text())
+    assert emitted["digest"] == pointers["pretrain"].digest
