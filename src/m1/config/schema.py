@@ -143,7 +143,8 @@ class TaskSourceConfig(Config):
     num_sft: NonNegativeInt = 0
     """Tasks with worked demonstrations for SFT."""
     worked_fraction: Fraction = 1.0
-    """Share of the demonstrations that show their steps; the others think nothing and answer."""
+    """Share of the demonstrations that think step by step in the think and answer tags; the others
+    are plain answers without tags, as ordinary question-answer data are."""
     num_rl: NonNegativeInt = 0
     """Tasks for RL."""
     num_heldout: NonNegativeInt = 0
@@ -185,8 +186,8 @@ class MoeConfig(Config):
 
     num_experts: PositiveInt
     """Experts per layer."""
-    top_k: PositiveInt = 2
-    """Experts per token."""
+    top_k: Annotated[int, Field(ge=2)] = 2
+    """Experts per token; with one, its renormalised weight is 1 and the router learns nothing."""
     ffn_hidden_size: PositiveInt
     """Width of one expert's SwiGLU."""
     shared_ffn_hidden_size: NonNegativeInt = 0

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from m1.config.schema import DataConfig
 from m1.data.card import overlap_summary, source_counts, write_card
-from m1.data.chat import render_demonstration
+from m1.data.chat import render_demonstration, render_plain_answer
 from m1.data.cleaning import clean
 from m1.data.dedup import deduplicate, overlap
 from m1.data.demonstrations import write_solution
@@ -256,7 +256,7 @@ def _build_sft(
 
 
 def _worked_tasks(config: DataConfig, tasks: Sequence[Task], seed: int) -> set[str]:
-    """Tasks whose demonstration shows its steps, drawn per source."""
+    """Tasks whose demonstration thinks step by step, drawn per source."""
     worked: set[str] = set()
     for source in config.tasks:
         own = [task.task_id for task in tasks if task.source == source.name]
@@ -274,8 +274,11 @@ def _render(
     for number, task in enumerate(tasks):
         if number % _BATCH == 0:
             report("demonstrations", number, len(tasks))
-        think = write_solution(task) if task.task_id in worked else ""
-        tokens, mask = render_demonstration(tokenizer, task.prompt, think, task.reference)
+        if task.task_id in worked:
+            think = write_solution(task)
+            tokens, mask = render_demonstration(tokenizer, task.prompt, think, task.reference)
+        else:
+            tokens, mask = render_plain_answer(tokenizer, task.prompt, task.reference)
         rendered.append(_Demonstration(task.task_id, np.array(tokens, dtype), np.array(mask)))
     report("demonstrations", len(tasks), len(tasks))
     return rendered

@@ -18,7 +18,6 @@ def render_demonstration(
 
     The mask marks target tokens: true exactly after the assistant tag, `<|end|>` included.
     """
-    start = render_prompt(tokenizer, prompt)
     reply = [
         tokenizer.think_open,
         *tokenizer.encode(think),
@@ -28,4 +27,17 @@ def render_demonstration(
         tokenizer.answer_close,
         tokenizer.end,
     ]
+    return _with_mask(render_prompt(tokenizer, prompt), reply)
+
+
+def render_plain_answer(
+    tokenizer: Tokenizer, prompt: str, answer: str
+) -> tuple[list[int], list[bool]]:
+    """Tokens and loss mask of an answer without thinking and without tags."""
+    return _with_mask(
+        render_prompt(tokenizer, prompt), [*tokenizer.encode(answer), tokenizer.end]
+    )
+
+
+def _with_mask(start: list[int], reply: list[int]) -> tuple[list[int], list[bool]]:
     return start + reply, [False] * len(start) + [True] * len(reply)

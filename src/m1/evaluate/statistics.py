@@ -22,7 +22,7 @@ def mean_with_interval(
 ) -> Estimate:
     """Mean over tasks and a percentile-bootstrap interval that resamples tasks.
 
-    Where every task has the same value 0 or 1 a bootstrap would claim certainty; then the exact
+    Where every task has the same value a bootstrap would claim certainty; then the exact
     (Clopper-Pearson) interval of that many tasks is given instead.
 
     Args:

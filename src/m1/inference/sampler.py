@@ -38,7 +38,7 @@ def sample(
 
     Args:
         logits: float32 [B, V].
-        uniform: float32 [B] in [0, 1).
+        uniform: float64 [B] in [0, 1).
         config: Temperature (0 is greedy) and top-p.
         num_tokens: Only ids below it are tokens; the rest pads the embedding and is never chosen.
     """

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
+from m1.model.cpu import single_threaded
 from m1.storage import disk_errors
 from m1.types import M1Error
 
@@ -61,6 +63,10 @@ def save_weights(folder: Path, model: MegatronModule) -> str:
 
 
 def _write(folder: Path, full: dict[str, Any]) -> str:
+    if folder.exists():
+        raise M1Error(
+            f"{folder} exists already; a checkpoint is never overwritten. Delete it first"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     is_writer = dist.get_rank() == 0
     if is_writer:
@@ -68,7 +74,7 @@ def _write(folder: Path, full: dict[str, Any]) -> str:
         with disk_errors(folder.parent):
             partial.mkdir(parents=True)
     dist.barrier()
-    with disk_errors(folder.parent), _quiet():
+    with disk_errors(folder.parent), _quiet(), single_threaded():
         dist_checkpointing.save(
             full, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         )
@@ -92,8 +98,7 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> d
         "model": sharded,
         "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
     }
-    with _quiet():
-        loaded = dist_checkpointing.load(full, str(folder))
+    loaded = _read(folder, full)
     model.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     return loaded["state"]  # type: ignore[no-any-return]
@@ -106,11 +111,19 @@ def load_weights(folder: Path, model: MegatronModule) -> None:
         M1Error: A file is missing or its content changed since it was written.
     """
     verify(folder)
-    with _quiet():
-        loaded = dist_checkpointing.load(
-            {"model": model.sharded_state_dict(metadata=_METADATA)}, str(folder)
-        )
+    loaded = _read(folder, {"model": model.sharded_state_dict(metadata=_METADATA)})
     model.load_state_dict(loaded["model"])
+
+
+def _read(folder: Path, full: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with _quiet(), single_threaded():
+            return dist_checkpointing.load(full, str(folder))  # type: ignore[no-any-return]
+    except CheckpointingException as error:
+        raise M1Error(
+            f"checkpoint {folder} does not fit this [model]: {error}. Use the [model] table that "
+            "made it, or start the stage anew in another storage.root"
+        ) from error
 
 
 def verify(folder: Path) -> None:
@@ -125,7 +138,14 @@ def verify(folder: Path) -> None:
             f"{folder} is not a complete checkpoint: it has no {MARKER}; delete the folder and "
             "run again"
         )
-    for name, expected in json.loads(marker.read_text())["files"].items():
+    try:
+        files = json.loads(marker.read_text())["files"]
+    except (ValueError, KeyError):
+        raise M1Error(
+            f"checkpoint {folder} is corrupt: {MARKER} cannot be read. Delete that folder to go on "
+            "from the checkpoint before it (or from the stage's start); nothing else was touched"
+        ) from None
+    for name, expected in files.items():
         path = folder / name
         if not path.exists() or _sha256(path) != expected:
             what = (

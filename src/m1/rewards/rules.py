@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from m1.config.schema import RewardConfig
-from m1.types import Reward, Task
+from m1.types import M1Error, Reward, Task
 
 _FORMAT = re.compile(r"<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -25,10 +25,11 @@ def score(task: Task, text: str, config: RewardConfig) -> Reward:
         total = correctness weight * accuracy + format weight * format, each part 0 or 1. An error
         inside the verifier marks the rollout failed.
     """
+    verify = _verifier_of(task)  # an unknown verifier is the recipe's mistake, not the rollout's
     answer = extract_answer(text)
     formatted = answer is not None
     try:
-        accuracy = float(answer is not None and is_correct(task, answer))
+        accuracy = float(answer is not None and _accepts(verify, task, answer))
     except (
         Exception
     ) as error:  # third-party verifiers raise what they like; a fault is never a reward of zero
@@ -47,13 +48,22 @@ def extract_answer(text: str) -> str | None:
 
 def is_correct(task: Task, answer: str) -> bool:
     """Whether the answer solves the task."""
+    return _accepts(_verifier_of(task), task, answer)
+
+
+def _accepts(verify: Any, task: Task, answer: str) -> bool:
+    entry = {"question": task.prompt, "answer": task.reference, "metadata": task.metadata}
+    return bool(verify(answer, entry) >= _RIGHT)
+
+
+def _verifier_of(task: Task) -> Any:
     kind, _, dataset = task.verifier.partition(":")
     if kind != "reasoning_gym":
-        raise ValueError(
-            f"task {task.task_id} names verifier {task.verifier!r}; known: reasoning_gym:<dataset>"
+        raise M1Error(
+            f"task {task.task_id} names verifier {task.verifier!r}, which is not known; known: "
+            "reasoning_gym:<dataset>"
         )
-    entry = {"question": task.prompt, "answer": task.reference, "metadata": task.metadata}
-    return bool(_verifier(dataset)(answer, entry) >= _RIGHT)
+    return _verifier(dataset)
 
 
 @cache

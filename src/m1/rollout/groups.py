@@ -1,8 +1,8 @@
 """Groups of completions with their rewards: from tasks to what the trainer learns from."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 from m1.config.schema import RewardConfig, SamplingConfig
 from m1.data.chat import render_prompt
@@ -10,13 +10,6 @@ from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import Engine, Request
 from m1.rewards.rules import score
 from m1.types import Completion, Rollout, RolloutGroup, Task
-
-
-class Sampler(Protocol):
-    """Anything that turns tasks into groups."""
-
-    def __call__(self, tasks: Sequence[Task], *, seed: int) -> list[RolloutGroup]:
-        """One group per task."""
 
 
 def sample_groups(
@@ -33,13 +26,13 @@ def sample_groups(
 
     The random stream of a completion depends on `seed`, the task and its number in the group alone.
     """
-    requests = [
-        Request(
-            prompt_tokens=tuple(render_prompt(tokenizer, task.prompt)),
-            seeds=tuple(completion_seed(seed, task, i) for i in range(group_size)),
-        )
-        for task in tasks
-    ]
+    requests = []
+    drawn: Counter[str] = Counter()
+    for task in tasks:
+        first = drawn[task.task_id] * group_size  # a task that comes twice is sampled anew
+        drawn[task.task_id] += 1
+        seeds = tuple(completion_seed(seed, task, first + i) for i in range(group_size))
+        requests.append(Request(tuple(render_prompt(tokenizer, task.prompt)), seeds))
     completions = engine.generate(requests, sampling)
     return [
         RolloutGroup(

@@ -19,7 +19,7 @@ from m1.rollout.groups import sample_groups
 from m1.stage import StageContext, StageOutput
 from m1.storage import atomic_write
 from m1.train.advantage import group_advantages, is_informative
-from m1.train.batches import TrainSample, pack_samples
+from m1.train.batches import TrainSample, pack_samples, row_order
 from m1.train.losses import policy_loss, token_weights
 from m1.train.schedule import learning_rate
 from m1.train.supervised import publish, save
@@ -27,6 +27,8 @@ from m1.train.trainer import MicroBatch, Trainer
 from m1.types import M1Error, RolloutGroup, Task
 
 SCATTER_POINTS = 2000
+MIN_SCORED = 2
+"""Scored completions below which a group has no relative advantage."""
 Sampler = Callable[[Sequence[Task], int], list[RolloutGroup]]
 
 
@@ -59,7 +61,8 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         num_tokens=tokenizer.vocab_size,
         repetition_stop=config.repetition_stop,
     )
-    step = _start(context, trainer, tasks)
+    state = _start(context, trainer, tasks)
+    step, version = state.step, state.version
     while step < config.num_steps:
         started = time.perf_counter()
 
@@ -74,7 +77,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
                 seed=seed,
             )
 
-        engine.policy_version = step * config.updates_per_step
+        engine.policy_version = version
         sampled = sample_informative(sample, tasks, config, seed=recipe.seed * 1_000_003 + step)
         generated = time.perf_counter()
         samples = train_samples(sampled.kept)
@@ -82,6 +85,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         scored = time.perf_counter()
         metrics = update(trainer, samples, old_logprobs, config, step=step)
         step += 1
+        version += int(metrics["rl/updates"])
         metrics |= rollout_metrics(sampled)
         metrics |= mismatch_metrics(samples, old_logprobs)
         num_tokens = sum(len(r.completion.tokens) for g in sampled.all for r in g.rollouts)
@@ -95,21 +99,30 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         if step == config.num_steps:
             _keep_scatter(context, samples, old_logprobs)
         elif step % config.checkpoint_every_steps == 0:
-            save(context, trainer, step, keep=config.keep_checkpoints, cursor=tasks.cursor)
-    return publish(context, trainer, step * config.updates_per_step)
+            position = {"cursor": tasks.cursor, "version": version}
+            save(context, trainer, step, keep=config.keep_checkpoints, **position)
+    return publish(context, trainer, version)
 
 
-def _start(context: StageContext, trainer: Trainer, tasks: "TaskStream") -> int:
+@dataclass(frozen=True)
+class _Position:
+    step: int
+    """Generation batches done."""
+    version: int
+    """Optimizer updates done: the policy's version."""
+
+
+def _start(context: StageContext, trainer: Trainer, tasks: "TaskStream") -> _Position:
     found = checkpoint.latest(context.checkpoints)
     if found is None:
         parent = "sft" if "sft" in context.inputs else "pretrain"
         trainer.load_weights(context.path_of(parent) / "checkpoint")
         context.rewind(0)
-        return 0
+        return _Position(0, 0)
     state = trainer.load(found)
     tasks.cursor = int(state["cursor"])
     context.rewind(int(state["step"]))
-    return int(state["step"])
+    return _Position(int(state["step"]), int(state["version"]))
 
 
 class TaskStream:
@@ -122,12 +135,13 @@ class TaskStream:
 
     def take(self, count: int) -> list[Task]:
         """The next tasks."""
-        taken = []
-        for position in range(self.cursor, self.cursor + count):
-            epoch, index = divmod(position, len(self._tasks))
-            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._tasks))
-            taken.append(self._tasks[order[index]])
-        self.cursor += count
+        size, end = len(self._tasks), self.cursor + count
+        taken: list[Task] = []
+        while self.cursor < end:
+            epoch, index = divmod(self.cursor, size)
+            order = row_order(size, seed=self._seed, epoch=epoch)[index : index + end - self.cursor]
+            taken += [self._tasks[number] for number in order]
+            self.cursor += len(order)
         return taken
 
 
@@ -157,12 +171,20 @@ def sample_informative(
     kept: list[RolloutGroup] = []
     dynamic = config.dynamic_sampling
     num_batches = 1 + (dynamic.max_extra_batches if dynamic.enabled else 0)
-    for _ in range(num_batches):
-        groups = sample(tasks.take(wanted), seed)
+    for attempt in range(num_batches):
+        groups = sample(tasks.take(wanted), seed * num_batches + attempt)
         everything += groups
-        kept += [g for g in groups if not dynamic.enabled or _is_informative(g)]
+        usable = [g for g in groups if _num_scored(g) >= MIN_SCORED]
+        kept += [g for g in usable if not dynamic.enabled or _is_informative(g)]
         if len(kept) >= wanted:
             break
+    failed = sum(r.reward.is_failed for g in everything for r in g.rollouts)
+    if not kept and failed:
+        raise M1Error(
+            f"no group could be scored: the verifier failed on {failed} of "
+            f"{sum(len(g.rollouts) for g in everything)} completions. Failed rollouts are never "
+            "scored 0, so there is nothing to learn from; mend the verifier of these tasks"
+        )
     if not kept:
         accuracy = np.mean([r.reward.accuracy for g in everything for r in g.rollouts])
         raise M1Error(
@@ -171,6 +193,10 @@ def sample_informative(
             "tasks, a larger rl.group_size, or more rl.dynamic_sampling.max_extra_batches"
         )
     return SampledBatch(kept=kept[:wanted], all=everything)
+
+
+def _num_scored(group: RolloutGroup) -> int:
+    return sum(not r.reward.is_failed for r in group.rollouts)
 
 
 def _is_informative(group: RolloutGroup) -> bool:
@@ -271,6 +297,7 @@ def update(
         "rl/loss": totals["loss"] / num_updates,
         "rl/grad_norm": totals["grad_norm"] / num_updates,
         "rl/learning_rate": lr,
+        "rl/updates": float(num_updates),
         "rl/importance_ratio": totals["importance_ratio"] / totals["tokens"],
         "rl/clip_fraction": totals["clipped"] / totals["tokens"],
         "rl/kl_nats": totals["kl"] / totals["tokens"],
@@ -303,32 +330,33 @@ def mismatch_metrics(
     samples: Sequence[TrainSample], old_logprobs: Sequence[torch.Tensor]
 ) -> dict[str, float]:
     """Agreement of training- and inference-mode probabilities of sampled tokens (Fig. 3)."""
-    training, inference = _probabilities(samples, old_logprobs)
-    gap = torch.log(training) - torch.log(inference)
-    return {
-        "rl/probability_correlation": float(
-            torch.corrcoef(torch.stack([training, inference]))[0, 1]
-        ),
-        "rl/probability_max_difference": float((training - inference).abs().max()),
+    training, inference = _sampled_logprobs(samples, old_logprobs)
+    gap = training - inference
+    probabilities = torch.stack([training, inference]).exp()
+    metrics = {
+        "rl/probability_max_difference": float(probabilities.diff(dim=0).abs().max()),
         "rl/mismatch_kl_nats": float((gap.exp() - 1 - gap).mean()),
     }
+    if bool((probabilities.std(dim=1) > 0).all()):  # else the correlation is not defined
+        metrics["rl/probability_correlation"] = float(torch.corrcoef(probabilities)[0, 1])
+    return metrics
 
 
-def _probabilities(
+def _sampled_logprobs(
     samples: Sequence[TrainSample], old_logprobs: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64, of the sampled tokens: by the trainer, and by the engine."""
     pairs = zip(samples, old_logprobs, strict=True)
-    training = torch.cat([old[s.loss_mask] for s, old in pairs]).double().exp()
-    inference = torch.cat([s.behaviour_logprobs[s.loss_mask] for s in samples]).double().exp()
+    training = torch.cat([old[s.loss_mask] for s, old in pairs]).double()
+    inference = torch.cat([s.behaviour_logprobs[s.loss_mask] for s in samples]).double()
     return training, inference
 
 
 def _keep_scatter(
     context: StageContext, samples: Sequence[TrainSample], old_logprobs: Sequence[torch.Tensor]
 ) -> None:
-    training, inference = (
-        x[:SCATTER_POINTS].tolist() for x in _probabilities(samples, old_logprobs)
-    )
+    pair = _sampled_logprobs(samples, old_logprobs)
+    training, inference = (x[:SCATTER_POINTS].exp().tolist() for x in pair)
     atomic_write(
         context.folder / "probabilities.json",
         json.dumps({"training": training, "inference": inference}).encode(),

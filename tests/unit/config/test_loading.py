@@ -367,7 +367,7 @@ def test_published_recipe_has_the_published_size() -> None:
 
 def test_resolved_json_uses_the_names_in_files(base: Path) -> None:
     resolved = json.loads(recipe_json(load_recipe([base])))
-    assert resolved["register"] == {"model_name": "m1", "alias": "latest"}
+    assert resolved["register"] == {"model_name": "m1", "alias": "champion"}
     assert resolved["rl"]["repetition_stop"] == {"num_tokens": 3000, "probability": 0.99}
 
 
