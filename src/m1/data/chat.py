@@ -34,9 +34,7 @@ def render_plain_answer(
     tokenizer: Tokenizer, prompt: str, answer: str
 ) -> tuple[list[int], list[bool]]:
     """Tokens and loss mask of an answer without thinking and without tags."""
-    return _with_mask(
-        render_prompt(tokenizer, prompt), [*tokenizer.encode(answer), tokenizer.end]
-    )
+    return _with_mask(render_prompt(tokenizer, prompt), [*tokenizer.encode(answer), tokenizer.end])
 
 
 def _with_mask(start: list[int], reply: list[int]) -> tuple[list[int], list[bool]]:
