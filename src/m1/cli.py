@@ -44,7 +44,7 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
     """Run a recipe's whole pipeline on this machine; finished stages are not repeated."""
     from m1.pipeline import run_pipeline
 
-    run_pipeline(_load(recipe, overrides), console=Console())
+    run_pipeline(_load(recipe, overrides), console=_console())
 
 
 @app.command()
@@ -56,7 +56,7 @@ def stage(
     """Run one stage alone; the stages before it must be done."""
     from m1.pipeline import run_single_stage
 
-    run_single_stage(name, _load(recipe, overrides), console=Console())
+    run_single_stage(name, _load(recipe, overrides), console=_console())
 
 
 @app.command(name="compile")
@@ -101,6 +101,11 @@ def doctor(
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         render(findings, Console())
+
+
+def _console() -> Console:
+    """A console bound to today's stdout: while a pipeline runs, stdout is redirected to its log."""
+    return Console(file=sys.stdout)
 
 
 def _load(paths: list[Path], overrides: list[str] | None) -> Recipe:

@@ -36,6 +36,8 @@ def run(root: Path, *overrides: str) -> dict:
     sets = [f"--set={o}" for o in (f"storage.root={root}", *overrides)]
     finished = m1("run", "tests/recipes/mini.toml", *sets)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    for shown in ("pretrain", "report", "lineage", "sums"):
+        assert shown in finished.stdout  # the display and the final table, not swallowed by the log
     return json.loads((root / "latest" / "summary.json").read_text())
 
 

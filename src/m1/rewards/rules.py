@@ -58,16 +58,18 @@ def _accepts(verify: Any, task: Task, answer: str) -> bool:
 
 def _verifier_of(task: Task) -> Any:
     kind, _, dataset = task.verifier.partition(":")
-    if kind != "reasoning_gym":
+    verify = _verifier(dataset) if kind == "reasoning_gym" else None
+    if verify is None:
         raise M1Error(
             f"task {task.task_id} names verifier {task.verifier!r}, which is not known; known: "
             "reasoning_gym:<dataset>"
         )
-    return _verifier(dataset)
+    return verify
 
 
 @cache
 def _verifier(dataset: str) -> Any:
     import reasoning_gym
+    from reasoning_gym.factory import DATASETS
 
-    return reasoning_gym.get_score_answer_fn(dataset)
+    return reasoning_gym.get_score_answer_fn(dataset) if dataset in DATASETS else None

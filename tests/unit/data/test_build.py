@@ -128,6 +128,27 @@ def test_packed_demonstrations_are_the_sft_tasks(built):
     assert card["sft"]["train"]["num_documents"] + card["sft"]["heldout"]["num_documents"] == 40
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_the_worked_share_of_demonstrations_thinks_and_the_rest_has_no_tags(
+    corpus, tmp_path, fraction
+):
+    tasks = TASKS.model_copy(update={"worked_fraction": fraction})
+    build(config_of(corpus, tasks=(tasks,)), seed=1, folder=tmp_path, report=quiet)
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    segments = []
+    for name in ("train", "heldout"):
+        rows = PackedRows(tmp_path / "sft" / name)
+        for number in range(len(rows)):
+            row, start = rows.row(number), 0
+            for length in row.segment_lengths.tolist():
+                segments.append(row.tokens[start : start + length].tolist())
+                start += length
+    worked = [s for s in segments if tokenizer.think_open in s]
+    tagged = [s for s in segments if tokenizer.answer_open in s]
+    assert len(segments) == 40
+    assert len(worked) == len(tagged) == 40 * fraction
+
+
 def test_same_inputs_give_the_same_bytes(built, corpus, tmp_path):
     build(config_of(corpus), seed=1, folder=tmp_path / "again", report=quiet)
     assert folder_digest(tmp_path / "again") == folder_digest(built[0])

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from m1.data.chat import render_demonstration, render_prompt
+from m1.data.chat import render_demonstration, render_plain_answer, render_prompt
 
 PROMPTS = ["What is 4 - 1 - 7?", " leading space\nand lines ", "Ünïcode ∑ 数学", ""]
 
@@ -32,6 +32,13 @@ def test_the_mask_covers_exactly_the_assistant_after_its_tag(tokenizer):
     assert mask == [False] * len(start) + [True] * (len(tokens) - len(start))
     trained = [token for token, is_trained in zip(tokens, mask, strict=True) if is_trained]
     assert tokenizer.decode(trained) == "<think>1+1=2</think><answer>2</answer><|end|>"
+
+
+def test_a_plain_answer_has_no_tags_and_trains_on_the_answer_only(tokenizer):
+    tokens, mask = render_plain_answer(tokenizer, "1 + 1 =", "2")
+    trained = [token for token, is_trained in zip(tokens, mask, strict=True) if is_trained]
+    assert tokenizer.decode(trained) == "2<|end|>"
+    assert tokens[: mask.index(True)] == render_prompt(tokenizer, "1 + 1 =")
 
 
 def test_a_prompt_cannot_forge_a_turn(tokenizer):
