@@ -191,8 +191,14 @@ def summarize(
             }
             for stage, stage_hash in hashes.items()
         },
-        "scores": evaluated.metadata["scores"] if evaluated is not None else {},
+        "scores": _ordered(evaluated.metadata["scores"], recipe) if evaluated is not None else {},
     }
+
+
+def _ordered(scores: Mapping[str, Mapping[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """Benchmarks as in the recipe, models in the order of their stages."""
+    names = [b.name for b in recipe.evaluate.benchmarks] if recipe.evaluate else []
+    return {b: {s: scores[b][s] for s in stages_of(recipe) if s in scores[b]} for b in names}
 
 
 def git_commit() -> str:
