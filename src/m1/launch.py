@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,7 @@ def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None
 
     def body(*args: Any) -> Any:
         module, _, function = BODIES[name].partition(":")
+        warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
         if name != "data":
             importlib.import_module("m1.model.cpu").without_compilation()
         loaded: StageBody = getattr(importlib.import_module(module), function)

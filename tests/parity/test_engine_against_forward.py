@@ -183,7 +183,8 @@ def test_groups_answer_the_rendered_prompt_and_depend_on_seed_task_and_number_al
 ):
     model = make_model(tiny_config, vocab_size=320)
     engine = LocalEngine(model, stop_token=tiny_tokenizer.end, num_tokens=tiny_tokenizer.vocab_size)
-    tasks = [Task(name, "s", f"{name} and two is", "3", "none:x") for name in ("one", "three")]
+    verifier = "reasoning_gym:chain_sum"
+    tasks = [Task(name, "s", f"{name} and two is", "3", verifier) for name in ("one", "three")]
 
     def sampled(tasks, *, seed=1, group_size=3):
         groups = sample_groups(
@@ -205,5 +206,16 @@ def test_groups_answer_the_rendered_prompt_and_depend_on_seed_task_and_number_al
     assert [c.tokens for c in sampled(tasks[1:], seed=2)["three"]] != [
         c.tokens for c in both["three"]
     ]
+    twice = sample_groups(
+        engine,
+        [tasks[0], tasks[0]],
+        tokenizer=tiny_tokenizer,
+        group_size=3,
+        sampling=SamplingConfig(max_new_tokens=6),
+        reward=RewardConfig(),
+        seed=1,
+    )
+    first, second = ([r.completion.tokens for r in g.rollouts] for g in twice)
+    assert first != second  # a task drawn twice in a batch is sampled anew
     seeds = {completion_seed(s, t, i) for s in (0, 1) for t in tasks for i in range(50)}
     assert len(seeds) == 200

@@ -4,6 +4,7 @@ A checkpoint is written under a hidden name, its files' digests go into `complet
 then it gets its name. A crash leaves the previous checkpoint as it was.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -27,6 +28,8 @@ from m1.storage import disk_errors
 from m1.types import M1Error
 
 MARKER = "complete.json"
+_FULL_DISK_BYTES = 1 << 20
+"""Less free space than this after a failed write means that the disk was full."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "non_homogeneous_layers": True,
@@ -74,10 +77,17 @@ def _write(folder: Path, full: dict[str, Any]) -> str:
         with disk_errors(folder.parent):
             partial.mkdir(parents=True)
     dist.barrier()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     with disk_errors(folder.parent), _quiet(), single_threaded():
-        dist_checkpointing.save(
-            full, str(partial), TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        )
+        try:
+            dist_checkpointing.save(full, str(partial), strategy)
+        except RuntimeError as error:  # torch's writer names no errno when the disk is full
+            is_full = shutil.disk_usage(partial).free < _FULL_DISK_BYTES
+            shutil.rmtree(partial, ignore_errors=True)
+            if not is_full:
+                raise
+            full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
+            raise full_disk from error
     digest = ""
     if is_writer:
         with disk_errors(folder.parent):
