@@ -30,7 +30,7 @@ def test_a_stage_reads_from_s3_what_another_machine_wrote(
             env=os.environ,
             check=True,
             capture_output=True,
-            timeout=200,
+            timeout=600,
         )
 
     stage("data", tmp_path / "first")

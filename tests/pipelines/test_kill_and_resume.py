@@ -23,7 +23,7 @@ def command(stage: str, root: Path) -> list[str]:
 
 
 def finish(stage: str, root: Path) -> None:
-    subprocess.run(command(stage, root), cwd=ROOT, check=True, capture_output=True, timeout=200)
+    subprocess.run(command(stage, root), cwd=ROOT, check=True, capture_output=True, timeout=600)
 
 
 def kill_after(stage: str, root: Path, is_due) -> None:
@@ -31,7 +31,7 @@ def kill_after(stage: str, root: Path, is_due) -> None:
     process = subprocess.Popen(
         command(stage, root), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.time() + 150
+    deadline = time.time() + 600
     while not any(is_due(folder) for folder in root.glob(f"stages/{stage}-*")):
         assert process.poll() is None, "the stage ended before it could be killed"
         assert time.time() < deadline
