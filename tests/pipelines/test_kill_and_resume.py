@@ -54,6 +54,9 @@ def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
     """Final weights of a stage, by their names in the checkpoint."""
     from megatron.core import dist_checkpointing
 
+    from m1.model.parallel import initialize
+
+    initialize()
     recipe = load_recipe([ROOT / RECIPE], overrides=[f"storage.root={root}"])
     folder = Path(finished_stages(recipe)[stage].uri) / "checkpoint"
     return dist_checkpointing.load_plain_tensors(str(folder))
