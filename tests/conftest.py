@@ -1,5 +1,8 @@
 """What the rooms share: megatron-core on this machine, a tiny model, a tiny tokenizer."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,27 @@ torch.set_num_threads(1)
 cpu.without_compilation()  # before any test imports megatron-core
 
 ModelFactory = Callable[..., torch.nn.Module]
+CommandLine = Callable[..., subprocess.CompletedProcess[str]]
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def m1() -> CommandLine:
+    """Run `m1` with arguments, and the environment with keywords, in the checkout."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        program = "from m1.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=PROJECT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

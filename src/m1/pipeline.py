@@ -17,15 +17,12 @@ from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import image_digest, recipe_hash, stage_hashes, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import METRICS, pointer_key, read_metrics
+from m1.stage import METRICS, PROBABILITIES, pointer_key, read_metrics
 from m1.storage import LocalStorage, atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
 from m1.tracking.lineage import tracking_uri
 from m1.types import M1Error, Pointer
-
-PROBABILITIES = "probabilities.json"
-"""Probabilities of sampled tokens in training and inference mode, kept by the rl stage."""
 
 
 def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
@@ -128,6 +125,7 @@ def conclude(
     failure: BaseException | None,
 ) -> dict[str, Any]:
     """Write summary.json, report.html and the lineage page, and end the MLflow run."""
+    from m1.evaluate.figures import render_figures
     from m1.evaluate.report import write_report
     from m1.tracking.lineage import finish_pipeline, lineage_page, link_cached_stage
 
@@ -144,14 +142,17 @@ def conclude(
                 seconds=summary["stages"][stage]["seconds"],
             )
     report = folder / "report.html"
+    metrics = {s: read_metrics(_stage_folder(recipe, p) / METRICS) for s, p in pointers.items()}
+    probabilities = _read_json(
+        _stage_folder(recipe, pointers["rl"]) / PROBABILITIES if "rl" in pointers else None
+    )
+    figures = render_figures(metrics, summary["scores"], probabilities)
     write_report(
         report,
         summary=summary,
         card=pointers["data"].metadata.get("card") if "data" in pointers else None,
-        metrics={s: read_metrics(_stage_folder(recipe, p) / METRICS) for s, p in pointers.items()},
-        probabilities=_read_json(
-            _stage_folder(recipe, pointers["rl"]) / PROBABILITIES if "rl" in pointers else None
-        ),
+        figures=figures,
+        probabilities=probabilities,
         recipe_json=recipe_json(recipe),
         pointers=pointers,
     )
@@ -163,6 +164,7 @@ def conclude(
         summary=summary,
         lineage_html=lineage_page(pointers, summary=summary, tracking=uri, run_id=parent),
         report_path=report,
+        figures=figures,
     )
     _point_latest(folder)
     return summary

@@ -1,10 +1,11 @@
 """What every stage shares: found done or resumed by its hash, recorded, its pointer written last.
 
 A stage's folder is `<root>/stages/<stage>-<hash12>/`: `output/` (what the pointer names),
-`checkpoints/` and other work
-in progress, `metrics.jsonl`, `pointer.json`. Runs of any recipe that need the same stage share it.
+`checkpoints/` and other work in progress, `metrics.jsonl`, `pointer.json`. Runs of any recipe that
+need the same stage share it.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -34,6 +35,8 @@ from m1.types import M1Error, Pointer
 
 LOCK_TIMEOUT_SECONDS = 60.0
 METRICS = "metrics.jsonl"
+PROBABILITIES = "probabilities.json"
+"""Probabilities of sampled tokens in training and inference mode, kept by the rl stage."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,10 @@ def execute(
         storage.ensure_usable()
         resolved = dict(inputs) if inputs is not None else _find_inputs(stage, recipe)
         return _run(stage, recipe, body, resolved, storage, events)
-    except M1Error as error:
-        events.emit(stage, "error", message=str(error))
-        raise
     except BaseException as error:
-        events.emit(stage, "error", message=f"{type(error).__name__}: {error}")
+        message = str(error) if isinstance(error, M1Error) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # nothing may take the place of the error itself
+            events.emit(stage, "error", message=message)
         raise
 
 
@@ -175,7 +177,7 @@ def _run(
             f"stage {stage} is being run by another process (lock {folder / '.lock'}); "
             "wait for it or stop it"
         ) from None
-    with lock:
+    with lock, disk_errors(folder):
         started = time.time()
         events.emit(stage, "start")
         run = open_stage_run(

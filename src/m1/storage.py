@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 _PARALLEL_TRANSFERS = 8
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PROBE_BYTES = 1 << 20
+"""A disk that does not take this much is called full."""
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TRANSIENT_S3_CODES = {"InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout"}
 
@@ -370,17 +373,26 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Translate a full, forbidden or misplaced location, met while writing at `path`."""
+    """Translate a full, forbidden or misplaced location, met while writing at `path`.
+
+    Libraries report a full disk in words of their own (torch's checkpoint writer, sqlite): any
+    exception that rises while the disk takes no more data is put down to that.
+    """
+    elsewhere = "set storage.root (with S3: storage.scratch)"
     try:
         yield
-    except OSError as error:
-        where = Path(error.filename or path)
-        elsewhere = "set storage.root (with S3: storage.scratch)"
-        if error.errno in _FULL:
+    except M1Error:
+        raise
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        if is_full or _refuses_data(path):
             raise M1Error(
-                f"{path} cannot take more data ({error.strerror}; {_free_bytes(path)} bytes free); "
+                f"{path} cannot take more data (disk full; {_free_bytes(path)} bytes free); "
                 f"free space or raise the quota there, or {elsewhere} to a larger disk"
             ) from error
+        if not isinstance(error, OSError):
+            raise
+        where = Path(error.filename or path)
         if error.errno in _FORBIDDEN:
             raise M1Error(
                 f"{where} cannot be written ({error.strerror}); make it writable for this user, "
@@ -394,9 +406,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def _refuses_data(path: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=_existing(path)) as probe:
+            os.posix_fallocate(probe.fileno(), 0, _PROBE_BYTES)
+    except OSError as error:
+        return error.errno in _FULL
+    return False
+
+
 def _free_bytes(path: Path) -> int:
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def _checked(key: str) -> str:

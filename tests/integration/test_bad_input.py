@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,24 +15,11 @@ ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests/recipes/mini.toml"
 
 
-def m1(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = "from m1.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 def recipe_at(root: Path, *overrides: str):
     return load_recipe([MINI], overrides=[f"storage.root={root}", *overrides])
 
 
-def test_mistakes_of_a_recipe_are_listed_together_with_suggestions(tmp_path):
+def test_mistakes_of_a_recipe_are_listed_together_with_suggestions(m1, tmp_path):
     finished = m1(
         "run",
         str(MINI),
@@ -49,13 +35,13 @@ def test_mistakes_of_a_recipe_are_listed_together_with_suggestions(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_group_of_one_is_refused_with_the_reason(tmp_path):
+def test_a_group_of_one_is_refused_with_the_reason(m1, tmp_path):
     finished = m1("run", str(MINI), "--set=rl.group_size=1")
     assert finished.returncode == 1
     assert "advantages need at least 2 completions" in finished.stderr
 
 
-def test_an_empty_corpus_names_what_was_read_and_dropped(tmp_path):
+def test_an_empty_corpus_names_what_was_read_and_dropped(m1, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "a.txt").write_text("short")
@@ -66,7 +52,7 @@ def test_an_empty_corpus_names_what_was_read_and_dropped(tmp_path):
     assert "stage data failed" in finished.stderr
 
 
-def test_an_unwritable_run_root_is_named(tmp_path):
+def test_an_unwritable_run_root_is_named(m1, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
     finished = m1("run", str(MINI), f"--set=storage.root={blocker}/runs")
@@ -74,7 +60,7 @@ def test_an_unwritable_run_root_is_named(tmp_path):
     assert str(blocker) in finished.stderr and "Traceback" not in finished.stderr
 
 
-def test_a_missing_bucket_is_named_with_the_remedy(s3_server, tmp_path):
+def test_a_missing_bucket_is_named_with_the_remedy(m1, s3_server, tmp_path):
     finished = m1(
         "run",
         str(MINI),
@@ -87,7 +73,7 @@ def test_a_missing_bucket_is_named_with_the_remedy(s3_server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(m1, tmp_path_factory) -> Path:
     """A run root with finished data and pretrain stages."""
     root = tmp_path_factory.mktemp("trained")
     for stage in ("data", "pretrain"):
@@ -112,7 +98,7 @@ def test_a_corrupt_shard_of_an_earlier_stage_is_named_and_costs_nothing_else(tra
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_full_disk_is_named_and_the_run_goes_on_after_making_room(trained, tmp_path):
+def test_a_full_disk_is_named_and_the_run_goes_on_after_making_room(m1, trained, tmp_path):
     mounted = tmp_path / "small"
     mounted.mkdir()
     size = sum(p.stat().st_size for p in trained.rglob("*") if p.is_file()) + 600_000

@@ -12,6 +12,7 @@ import torch
 
 from m1.config.loading import load_recipe
 from m1.launch import finished_stages
+from m1.types import Pointer
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "tests/recipes/mini.toml"
@@ -50,6 +51,11 @@ def has_steps(count: int):
     return is_due
 
 
+def pointer(root: Path, stage: str) -> Pointer:
+    recipe = load_recipe([ROOT / RECIPE], overrides=[f"storage.root={root}"])
+    return finished_stages(recipe)[stage]
+
+
 def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
     """Final weights of a stage, by their names in the checkpoint."""
     from megatron.core import dist_checkpointing
@@ -57,15 +63,14 @@ def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
     from m1.model.parallel import initialize
 
     initialize()
-    recipe = load_recipe([ROOT / RECIPE], overrides=[f"storage.root={root}"])
-    folder = Path(finished_stages(recipe)[stage].uri) / "checkpoint"
+    folder = Path(pointer(root, stage).uri) / "checkpoint"
     return dist_checkpointing.load_plain_tensors(str(folder))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("uninterrupted")
-    for stage in ("data", "pretrain", "sft", "rl"):
+    for stage in ("data", "pretrain", "sft", "rl", "evaluate", "register"):
         finish(stage, root)
     return root
 
@@ -83,24 +88,28 @@ def interrupted(tmp_path_factory) -> Path:
         ("pretrain", [has_steps(1), has_steps(3), has_steps(6)]),
         ("sft", [has_steps(15)]),
         ("rl", [has_steps(1), has_steps(3)]),
+        ("evaluate", [lambda folder: any((folder / "partial").glob("*.jsonl"))]),
+        ("register", [lambda folder: (folder / "output" / "hf").exists()]),
     ],
 )
-def test_a_killed_stage_goes_on_to_the_same_weights(stage, kills, interrupted, uninterrupted):
+def test_a_killed_stage_goes_on_to_the_same_result(stage, kills, interrupted, uninterrupted):
     for is_due in kills:
         kill_after(stage, interrupted, is_due)
     finish(stage, interrupted)
-    if stage == "data":
-        recipe = [
-            load_recipe([ROOT / RECIPE], overrides=[f"storage.root={root}"])
-            for root in (interrupted, uninterrupted)
-        ]
-        digests = {finished_stages(r)["data"].digest for r in recipe}
-        assert len(digests) == 1
+    if stage in ("data", "evaluate", "register"):
+        assert pointer(interrupted, stage).digest == pointer(uninterrupted, stage).digest
         return
     expected, found = weights(uninterrupted, stage), weights(interrupted, stage)
     assert expected.keys() == found.keys() and expected
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_a_killed_registration_leaves_one_version(interrupted):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{interrupted}/mlflow.db")
+    assert len(client.search_model_versions("name = 'm1-mini'")) == 1
 
 
 def test_metrics_of_a_killed_stage_have_every_step_once(interrupted):

@@ -1,9 +1,6 @@
 """`m1 run` from end to end on the miniature recipe: first run, second run, changed recipe."""
 
 import json
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,26 +10,13 @@ ROOT = Path(__file__).parents[2]
 STAGES = ["data", "pretrain", "sft", "rl", "evaluate", "register"]
 
 
-def m1(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = "from m1.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A run root that the tests of this module fill one after the other."""
     return tmp_path_factory.mktemp("runs")
 
 
-def run(root: Path, *overrides: str) -> dict:
+def run(m1, root: Path, *overrides: str) -> dict:
     sets = [f"--set={o}" for o in (f"storage.root={root}", *overrides)]
     finished = m1("run", "tests/recipes/mini.toml", *sets)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -45,8 +29,8 @@ def statuses(summary: dict) -> dict[str, str]:
     return {stage: facts["status"] for stage, facts in summary["stages"].items()}
 
 
-def test_the_first_run_does_every_stage_and_scores_every_checkpoint(root):
-    summary = run(root)
+def test_the_first_run_does_every_stage_and_scores_every_checkpoint(m1, root):
+    summary = run(m1, root)
     assert statuses(summary) == dict.fromkeys(STAGES, "done")
     scores = summary["scores"]["sums"]
     assert set(scores) == {"pretrain", "sft", "rl"}
@@ -76,7 +60,7 @@ def test_the_lineage_chain_leads_from_the_registered_model_to_the_data(root):
 
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
     version = client.get_model_version_by_alias("m1-mini", "champion")
-    chain, model_id = [], version.model_id
+    chain, model_id = [], version.tags["model_id"]
     while model_id:
         model = client.get_logged_model(model_id)
         chain.append(model.name)
@@ -87,7 +71,11 @@ def test_the_lineage_chain_leads_from_the_registered_model_to_the_data(root):
     parent = client.get_run(pretrain.data.tags["mlflow.parentRunId"])
     assert parent.data.tags["m1.recipe_name"] == "mini"
     artifacts = {a.path for a in client.list_artifacts(parent.info.run_id)}
-    assert {"lineage.html", "report.html", "summary.json", "recipe.json"} <= artifacts
+    pages = {"lineage.html", "report.html", "summary.json", "recipe.json", "figures"}
+    assert pages <= artifacts
+    figures = {a.path for a in client.list_artifacts(parent.info.run_id, "figures")}
+    names = ("scores", "rl", "probabilities", "losses")
+    assert figures == {f"figures/{name}.svg" for name in names}
 
 
 def test_the_exported_model_answers_in_transformers_as_ours_does(root, monkeypatch):
@@ -122,12 +110,12 @@ def test_the_exported_model_answers_in_transformers_as_ours_does(root, monkeypat
         assert out[0, len(ids) :].tolist() == list(mine)
 
 
-def test_a_second_run_finds_every_stage_done(root):
-    assert statuses(run(root)) == dict.fromkeys(STAGES, "cached")
+def test_a_second_run_finds_every_stage_done(m1, root):
+    assert statuses(run(m1, root)) == dict.fromkeys(STAGES, "cached")
 
 
-def test_changing_rl_repeats_rl_and_what_follows_only(root):
-    found = statuses(run(root, "rl.loss.clip_eps_high=3.0"))
+def test_changing_rl_repeats_rl_and_what_follows_only(m1, root):
+    found = statuses(run(m1, root, "rl.loss.clip_eps_high=3.0"))
     assert found == {
         "data": "cached",
         "pretrain": "cached",
@@ -138,7 +126,7 @@ def test_changing_rl_repeats_rl_and_what_follows_only(root):
     }
 
 
-def test_a_stage_alone_needs_the_ones_before_it(tmp_path):
+def test_a_stage_alone_needs_the_ones_before_it(m1, tmp_path):
     finished = m1("stage", "sft", "tests/recipes/mini.toml", f"--set=storage.root={tmp_path}")
     assert finished.returncode == 1
     assert "needs the results of data, pretrain" in finished.stderr

@@ -1,6 +1,8 @@
+import contextlib
 import errno
 import hashlib
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -260,7 +262,17 @@ def test_disk_errors_translates_what_a_user_can_mend(tmp_path, number, words):
         raise OSError(number, os.strerror(number))
 
 
+def test_any_error_on_a_full_disk_is_put_down_to_it(tiny_disk):
+    opened = contextlib.closing(sqlite3.connect(tiny_disk / "small.db"))
+    full = pytest.raises(M1Error, match=r"cannot take more data.*bytes free")
+    with opened as database, full as raised, disk_errors(tiny_disk):
+        database.execute("CREATE TABLE t AS SELECT randomblob(100000) AS x")
+    assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
+
+
 def test_disk_errors_lets_other_errors_rise(tmp_path):
+    with pytest.raises(ZeroDivisionError), disk_errors(tmp_path):
+        _ = 1 / 0
     with pytest.raises(FileNotFoundError), disk_errors(tmp_path):
         Path(tmp_path / "absent").read_bytes()
 

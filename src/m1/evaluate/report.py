@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from m1.evaluate.figures import MetricRows, pearson_r, render_figures
+from m1.evaluate.figures import pearson_r
 from m1.evaluate.tables import card_tables
 from m1.tracking.graph import draw_stages
 from m1.tracking.page import stage_nodes
@@ -20,7 +20,7 @@ def write_report(
     *,
     summary: Mapping[str, Any],
     card: Mapping[str, Any] | None,
-    metrics: Mapping[str, MetricRows],
+    figures: Mapping[str, str],
     probabilities: Mapping[str, Sequence[float]] | None,
     recipe_json: str,
     pointers: Mapping[str, Pointer],
@@ -31,7 +31,7 @@ def write_report(
         path: The HTML file to write.
         summary: The run's summary.json.
         card: The data card: any nested JSON object.
-        metrics: Lines of each stage's metrics.jsonl.
+        figures: SVG texts by name, of `m1.evaluate.figures`.
         probabilities: Probabilities of the same tokens in `training` and in `inference` mode.
         recipe_json: The resolved recipe.
         pointers: Output of each finished stage.
@@ -48,7 +48,7 @@ def write_report(
         summary=summary,
         wall=format_duration(float(summary.get("wall_seconds", 0.0))),
         graph=draw_stages(stage_nodes(summary, pointers)),
-        figures=render_figures(metrics, scores, probabilities),
+        figures=figures,
         correlation=_correlation(probabilities),
         score_rows=_score_rows(scores),
         tables=card_tables(card or {}),

@@ -1,9 +1,8 @@
 """Sampling completions from the model in training, one token at a time from cached states.
 
 Each prompt is prefilled once and its state copied to the completions of its group; then every step
-feeds one token per
-sequence: lightning layers keep a recurrent state of constant size, softmax layers a key-value
-    cache.
+feeds one token per sequence: lightning layers keep a recurrent state of constant size, softmax
+layers a key-value cache.
 Shapes: B active sequences, V vocabulary.
 """
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from m1.config.schema import RepetitionStopConfig, SamplingConfig
 from m1.inference.sampler import sample, uniforms
 from m1.model.packing import LayerState, decode_step, pack
-from m1.types import Completion
+from m1.types import Completion, M1Error
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,13 @@ class LocalEngine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingConfig
     ) -> list[list[Completion]]:
-        """Completions of every request, in order of its seeds."""
+        """Completions of every request, in order of its seeds.
+
+        Raises:
+            M1Error: A prompt and its completion can exceed the positions of the model.
+        """
+        for request in requests:
+            self._require_positions(len(request.prompt_tokens), sampling.max_new_tokens)
         was_training = self.model.training
         self.model.eval()
         results: list[list[Completion]] = []
@@ -86,6 +91,15 @@ class LocalEngine:
             results += self._generate_batch(batch, sampling)
         self.model.train(was_training)
         return results
+
+    def _require_positions(self, num_prompt: int, max_new_tokens: int) -> None:
+        limit: int = self.model.max_sequence_length  # type: ignore[assignment]
+        if num_prompt + max_new_tokens > limit:
+            raise M1Error(
+                f"a prompt of {num_prompt} tokens and sampling.max_new_tokens {max_new_tokens} "
+                f"exceed model.max_position {limit}; lower max_new_tokens, shorten the prompts, or "
+                "raise max_position"
+            )
 
     def _generate_batch(
         self, requests: Sequence[Request], sampling: SamplingConfig

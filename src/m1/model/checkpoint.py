@@ -4,7 +4,6 @@ A checkpoint is written under a hidden name, its files' digests go into `complet
 then it gets its name. A crash leaves the previous checkpoint as it was.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -22,14 +21,13 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 from m1.model.cpu import single_threaded
 from m1.storage import disk_errors
 from m1.types import M1Error
 
 MARKER = "complete.json"
-_FULL_DISK_BYTES = 1 << 20
-"""Less free space than this after a failed write means that the disk was full."""
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "non_homogeneous_layers": True,
@@ -78,16 +76,12 @@ def _write(folder: Path, full: dict[str, Any]) -> str:
             partial.mkdir(parents=True)
     dist.barrier()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    with disk_errors(folder.parent), _quiet(), single_threaded():
-        try:
+    try:
+        with disk_errors(folder.parent), _quiet(), single_threaded(), _ordinary_exceptions():
             dist_checkpointing.save(full, str(partial), strategy)
-        except RuntimeError as error:  # torch's writer names no errno when the disk is full
-            is_full = shutil.disk_usage(partial).free < _FULL_DISK_BYTES
-            shutil.rmtree(partial, ignore_errors=True)
-            if not is_full:
-                raise
-            full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
-            raise full_disk from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     digest = ""
     if is_writer:
         with disk_errors(folder.parent):
@@ -203,6 +197,14 @@ def _complete(partial: Path, folder: Path) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _ordinary_exceptions() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # torch derives it from BaseException
+        raise RuntimeError(str(error)) from error
 
 
 @contextmanager

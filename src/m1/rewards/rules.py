@@ -30,9 +30,7 @@ def score(task: Task, text: str, config: RewardConfig) -> Reward:
     formatted = answer is not None
     try:
         accuracy = float(answer is not None and _accepts(verify, task, answer))
-    except (
-        Exception
-    ) as error:  # third-party verifiers raise what they like; a fault is never a reward of zero
+    except Exception as error:  # verifiers raise what they like; a fault is not a reward of 0
         return Reward(0.0, 0.0, {"verifier_error": 1.0, type(error).__name__: 1.0}, is_failed=True)
     total = config.correctness * accuracy + config.format * float(formatted)
     return Reward(total, accuracy, {"correctness": accuracy, "format": float(formatted)})

@@ -162,8 +162,8 @@ def register_model(
         model_name: Registered model, created where absent.
         source_uri: Where the export lies; kept in the tag source_uri too.
         alias: Alias for the version. MLflow reserves `latest` for the newest one: nothing is set.
-        model_id: Logged model it is, if the store has it. A server refuses local paths as sources;
-            then `models:/<model_id>` is the source.
+        model_id: Logged model it is, if the store has it; kept as a tag. A server refuses local
+            paths as sources; then `models:/<model_id>` is the source.
         run_id: Run that registers; absent: the one that made the model.
         tags: Tags of the version; with `stage_hash` a second call finds the first one's version.
 
@@ -189,6 +189,8 @@ def register_model(
         is_local = "://" not in source_uri or source_uri.startswith("file://")
         is_refused = is_local and model_id is not None and uri.startswith("http")
         source = f"models:/{model_id}" if is_refused else source_uri
+        if model_id is not None:  # MLflow's SQL registry does not keep the argument of that name
+            all_tags["model_id"] = model_id
         created = client.create_model_version(
             model_name,
             source,

@@ -182,12 +182,10 @@ class StageRun:
 
     def close(self, status: RunStatus = "FINISHED") -> None:
         """Write what is buffered and end the run; after a failure, store trouble only warns."""
-        from mlflow.exceptions import MlflowException
-
         try:
             self.flush()
             self._client.set_terminated(self.run_id, status=status)
-        except MlflowException as error:
+        except Exception as error:
             if status == "FINISHED":
                 raise
             # The reason of the failure is on its way up; the store's trouble must not replace it.

@@ -12,17 +12,16 @@ from m1.config.schema import Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import LocalEngine
-from m1.model import checkpoint
 from m1.model.build import padded_vocab
 from m1.model.parallel import initialize
 from m1.rollout.groups import sample_groups
-from m1.stage import StageContext, StageOutput
+from m1.stage import PROBABILITIES, StageContext, StageOutput
 from m1.storage import atomic_write
 from m1.train.advantage import group_advantages, is_informative
 from m1.train.batches import TrainSample, pack_samples, row_order
 from m1.train.losses import policy_loss, token_weights
 from m1.train.schedule import learning_rate
-from m1.train.supervised import publish, save
+from m1.train.supervised import publish, resume, save
 from m1.train.trainer import MicroBatch, Trainer
 from m1.types import M1Error, RolloutGroup, Task
 
@@ -36,11 +35,9 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     """Train the SFT model (or the pretrained one) by RL on the recipe's tasks.
 
     One step: sample a group of completions for each prompt, keep the groups whose accuracy tells
-    something, and make
-    several off-policy updates on them. The next step samples from the updated weights. Synchronous,
-    and a function of
-    weights, optimizer state, step and cursor: an interrupted run ends with the same weights as an
-    uninterrupted one.
+    something, and make several off-policy updates on them. The next step samples from the updated
+    weights. Synchronous, and a function of weights, optimizer state, step and cursor: an
+    interrupted run ends with the same weights as an uninterrupted one.
     """
     config = recipe.rl
     assert config is not None
@@ -61,8 +58,8 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         num_tokens=tokenizer.vocab_size,
         repetition_stop=config.repetition_stop,
     )
-    state = _start(context, trainer, tasks)
-    step, version = state.step, state.version
+    state = resume(context, trainer, parent="sft" if "sft" in context.inputs else "pretrain")
+    step, version, tasks.cursor = (int(state.get(k, 0)) for k in ("step", "version", "cursor"))
     while step < config.num_steps:
         started = time.perf_counter()
 
@@ -102,27 +99,6 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             position = {"cursor": tasks.cursor, "version": version}
             save(context, trainer, step, keep=config.keep_checkpoints, **position)
     return publish(context, trainer, version)
-
-
-@dataclass(frozen=True)
-class _Position:
-    step: int
-    """Generation batches done."""
-    version: int
-    """Optimizer updates done: the policy's version."""
-
-
-def _start(context: StageContext, trainer: Trainer, tasks: "TaskStream") -> _Position:
-    found = checkpoint.latest(context.checkpoints)
-    if found is None:
-        parent = "sft" if "sft" in context.inputs else "pretrain"
-        trainer.load_weights(context.path_of(parent) / "checkpoint")
-        context.rewind(0)
-        return _Position(0, 0)
-    state = trainer.load(found)
-    tasks.cursor = int(state["cursor"])
-    context.rewind(int(state["step"]))
-    return _Position(int(state["step"]), int(state["version"]))
 
 
 class TaskStream:
@@ -358,6 +334,6 @@ def _keep_scatter(
     pair = _sampled_logprobs(samples, old_logprobs)
     training, inference = (x[:SCATTER_POINTS].exp().tolist() for x in pair)
     atomic_write(
-        context.folder / "probabilities.json",
+        context.folder / PROBABILITIES,
         json.dumps({"training": training, "inference": inference}).encode(),
     )

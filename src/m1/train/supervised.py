@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from typing import Any
 
 from m1.config.schema import ModelConfig, Recipe, TrainConfig
 from m1.data.packing import PackedRows
@@ -28,9 +29,9 @@ def sft(context: StageContext, recipe: Recipe) -> StageOutput:
     """Supervised fine-tuning (paper sec. 2.2) on worked solutions in the chat format."""
     assert recipe.sft is not None
     trainer = make_trainer(context, recipe.model, recipe.sft, seed=recipe.seed)
-    if checkpoint.latest(context.checkpoints) is None:
-        trainer.load_weights(context.path_of("pretrain") / "checkpoint")
-    return train_on_rows(context, trainer, recipe.sft, dataset="sft", seed=recipe.seed)
+    return train_on_rows(
+        context, trainer, recipe.sft, dataset="sft", seed=recipe.seed, parent="pretrain"
+    )
 
 
 def make_trainer(
@@ -49,9 +50,17 @@ def make_trainer(
 
 
 def train_on_rows(
-    context: StageContext, trainer: Trainer, config: TrainConfig, *, dataset: str, seed: int
+    context: StageContext,
+    trainer: Trainer,
+    config: TrainConfig,
+    *,
+    dataset: str,
+    seed: int,
+    parent: str | None = None,
 ) -> StageOutput:
     """Make `config.num_steps` updates on the rows of a dataset, checkpointing on the way.
+
+    It starts from the weights of the stage `parent`, or from those the trainer has.
 
     Every update is a function of the weights, the optimizer state and the step, so an interrupted
     run ends with the same weights as an uninterrupted one.
@@ -61,7 +70,7 @@ def train_on_rows(
     if len(rows) == 0:
         raise M1Error(f"{folder} has no packed rows to train on; widen data.sources or data.tasks")
     name = context.name
-    step = resume(context, trainer)
+    step = int(resume(context, trainer, parent=parent)["step"])
     while step < config.num_steps:
         started = time.perf_counter()
         indices = rows_of_step(len(rows), step=step, batch_rows=config.global_batch_rows, seed=seed)
@@ -95,12 +104,18 @@ def heldout_loss(trainer: Trainer, rows: PackedRows, config: TrainConfig) -> flo
     return trainer.evaluate(batches, cross_entropy)["loss"]
 
 
-def resume(context: StageContext, trainer: Trainer) -> int:
-    """Load the newest checkpoint of this stage, if any; returns the step to go on from."""
+def resume(context: StageContext, trainer: Trainer, *, parent: str | None) -> dict[str, Any]:
+    """Load the newest checkpoint of this stage, else the weights of the stage `parent`.
+
+    Returns:
+        What was saved with the checkpoint: the step to go on from, and what `save` was given.
+    """
     found = checkpoint.latest(context.checkpoints)
-    step = int(trainer.load(found)["step"]) if found is not None else 0
-    context.rewind(step)
-    return step
+    if found is None and parent is not None:
+        trainer.load_weights(context.path_of(parent) / "checkpoint")
+    state = trainer.load(found) if found is not None else {"step": 0}
+    context.rewind(int(state["step"]))
+    return state
 
 
 def save(context: StageContext, trainer: Trainer, step: int, *, keep: int, **state: object) -> None:

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from m1.evaluate.figures import pearson_r, read_series, render_rl_figure
+from m1.evaluate.figures import pearson_r, read_series, render_figures, render_rl_figure
 from m1.evaluate.report import write_report
 from m1.evaluate.tables import card_tables, format_value
 from m1.types import Pointer
@@ -97,7 +97,9 @@ def _everything():
 
 def _write(tmp_path, **changes):
     path = tmp_path / "run" / "report.html"
-    write_report(path, **{**_everything(), **changes})
+    given = {**_everything(), **changes}
+    metrics, scores = given.pop("metrics"), given["summary"]["scores"]
+    write_report(path, figures=render_figures(metrics, scores, given["probabilities"]), **given)
     return path.read_text()
 
 

@@ -1,0 +1,207 @@
+"""Tables of the training stages: layout, optimizer, schedule, pretraining, SFT, RL."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from m1.config.base import (
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    refuse,
+)
+
+
+class ParallelConfig(Config):
+    """Layout over GPUs."""
+
+    tensor: PositiveInt = 1
+    """Tensor parallel ranks (sequence parallelism comes with it)."""
+    pipeline: PositiveInt = 1
+    """Pipeline stages."""
+    expert: PositiveInt = 1
+    """Expert parallel ranks."""
+    context: PositiveInt = 1
+    """Context parallel ranks."""
+    data: PositiveInt = 1
+    """Data parallel replicas."""
+
+
+class OptimizerConfig(Config):
+    """AdamW as the paper sets it for RL (sec. 3.2: gradients span 1e-18 to 1e-5)."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """First-moment decay."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Second-moment decay."""
+    epsilon: PositiveFloat = 1e-15
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient-norm clip."""
+
+
+class ScheduleConfig(Config):
+    """Warm-up, constant, then decay to `min_lr` (paper sec. 2.1: from 8e-5 to 8e-6)."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Linear warm-up."""
+    decay_fraction: Fraction = 0.0
+    """Last share of the steps over which the rate falls; 0 keeps it constant."""
+    min_lr: NonNegativeFloat = 0.0
+    """Rate at the end of the decay."""
+    decay_style: Literal["linear", "cosine"] = "cosine"
+    """Shape of the decay."""
+
+
+class TrainConfig(Config):
+    """What pretraining and SFT share."""
+
+    num_steps: PositiveInt
+    """Optimizer steps."""
+    global_batch_rows: PositiveInt
+    """Packed rows per step."""
+    micro_batch_rows: PositiveInt
+    """Packed rows per forward and backward."""
+    optimizer: OptimizerConfig
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
+    checkpoint_every_steps: PositiveInt = 100
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    eval_every_steps: PositiveInt = 100
+    """Steps between held-out losses."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout; a change of layout does not change what is learned, but does re-run the stage."""
+
+    @model_validator(mode="after")
+    def _micro_divides_global(self) -> Self:
+        share = self.micro_batch_rows * self.parallel.data
+        if self.global_batch_rows % share:
+            refuse(
+                [
+                    f"global_batch_rows is {self.global_batch_rows}, but must be a multiple of "
+                    f"micro_batch_rows * parallel.data = {share}; change one of them"
+                ]
+            )
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """The pretraining stage."""
+
+
+class SftConfig(TrainConfig):
+    """The SFT stage: loss on the assistant's tokens only."""
+
+
+class SamplingConfig(Config):
+    """How completions are sampled."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Softmax temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus mass."""
+    max_new_tokens: PositiveInt = 64
+    """Length limit of a completion."""
+
+
+class RepetitionStopConfig(Config):
+    """Early truncation by repetition (paper sec. 3.2: 3,000 consecutive tokens above 0.99)."""
+
+    num_tokens: PositiveInt = 3000
+    """Consecutive tokens."""
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Probability that each must exceed."""
+
+
+class LossConfig(Config):
+    """Policy loss (paper Eq. 4-7)."""
+
+    kind: Literal["cispo"] = "cispo"
+    """Objective."""
+    clip_eps_high: PositiveFloat = 4.0
+    """Ceiling 1 + clip_eps_high of the importance weight (Eq. 5); unpublished in the paper."""
+    clip_eps_low: PositiveFloat | None = None
+    """Floor 1 - clip_eps_low; absent: no lower bound, as in the paper."""
+    aggregation: Literal["token_mean", "prompt_mean"] = "token_mean"
+    """`token_mean`: one mean over the batch's tokens; `prompt_mean`: Eq. 4 read literally, a token
+    mean within each group, averaged over prompts."""
+
+
+class RewardConfig(Config):
+    """Weights of the reward's parts."""
+
+    correctness: NonNegativeFloat = 1.0
+    """Weight of a correct final answer."""
+    format: NonNegativeFloat = 0.1
+    """Weight of the think and answer tags in order, exactly once."""
+
+
+class DynamicSamplingConfig(Config):
+    """Keep groups whose accuracy, not shaped reward, is neither 0 nor 1 (DAPO, kept by M1)."""
+
+    enabled: bool = True
+    """Whether to filter."""
+    max_extra_batches: NonNegativeInt = 2
+    """Further generation batches allowed per step to fill the prompt batch."""
+
+
+class RlConfig(Config):
+    """The RL stage: CISPO with group-relative advantages (paper sec. 3)."""
+
+    num_steps: PositiveInt
+    """Generation batches."""
+    prompts_per_step: PositiveInt
+    """Groups per generation batch."""
+    group_size: Annotated[int, Field(ge=1)]
+    """Completions per prompt, G."""
+    updates_per_step: PositiveInt = 4
+    """Off-policy optimizer updates per generation batch (paper: 16)."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Token bound of one packed forward and backward."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Sampling of completions."""
+    repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
+    """Early truncation."""
+    reward: RewardConfig = RewardConfig()
+    """Reward weights."""
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
+    """Group filter."""
+    loss: LossConfig = LossConfig()
+    """Objective."""
+    optimizer: OptimizerConfig
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule over all updates."""
+    checkpoint_every_steps: PositiveInt = 20
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout of the trainer."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        texts = []
+        if self.group_size < 2:
+            texts.append(
+                f"group_size is {self.group_size}, but advantages need at least 2 completions per "
+                "task; raise it"
+            )
+        if self.updates_per_step > self.prompts_per_step:
+            texts.append(
+                f"updates_per_step is {self.updates_per_step}, but a batch of "
+                f"{self.prompts_per_step} prompts splits into at most that many mini-batches; "
+                "lower it or raise prompts_per_step"
+            )
+        refuse(texts)
+        return self
