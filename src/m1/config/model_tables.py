@@ -82,8 +82,15 @@ class ModelConfig(Config):
     """Longest sequence the model is configured for, in tokens."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of initial weights."""
+    qkv_bias: bool = False
+    """Bias of the query, key and value projections of softmax layers (the Qwen2 layout)."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Arithmetic of the trunk; LM head and router are always FP32 (paper sec. 3.2)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "delayed"
+    """Scaling of FP8 operands: from the history of maxima, from the tensor at hand, or from blocks
+    of it (Transformer Engine's DelayedScaling, Float8CurrentScaling, Float8BlockScaling)."""
+    fp8_bf16_ends: NonNegativeInt = 0
+    """Layers at either end of the stack that stay BF16 under FP8."""
     vocab_size: PositiveInt | None = None
     """Vocabulary; absent: the tokenizer's, rounded up to a multiple of 64."""
 

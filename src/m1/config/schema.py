@@ -27,6 +27,7 @@ from m1.config.data_tables import (
     TaskSourceConfig,
     TokenizerConfig,
 )
+from m1.config.layout import layout_mistakes
 from m1.config.model_tables import (
     ModelConfig,
     MoeConfig,
@@ -182,6 +183,13 @@ class Recipe(Config):
                 texts.append(f"{path}, but data.tasks has {known}; name one that exists")
             elif not tasks[benchmark.task].num_heldout:
                 texts.append(f"{path}, but its num_heldout is 0; raise it or drop the benchmark")
+        for name in ("pretrain", "sft", "rl"):
+            stage = getattr(self, name)
+            if stage is not None:
+                texts += [
+                    f"{name}.parallel.{text}"
+                    for text in layout_mistakes(self.model, stage.parallel)
+                ]
         if self.rl is not None and not any(task.num_rl for task in self.data.tasks):
             texts.append(
                 "rl is present, but no entry of data.tasks has num_rl > 0; add tasks for RL"

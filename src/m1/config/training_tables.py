@@ -16,18 +16,53 @@ from m1.config.base import (
 
 
 class ParallelConfig(Config):
-    """Layout over GPUs."""
+    """Layout over GPUs: tensor * pipeline * context * data of them.
+
+    Experts are spread over the same GPUs in a way of their own: expert * expert_tensor must divide
+    tensor * context * data.
+    """
 
     tensor: PositiveInt = 1
     """Tensor parallel ranks (sequence parallelism comes with it)."""
     pipeline: PositiveInt = 1
     """Pipeline stages."""
+    pipeline_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each pipeline stage, where they are not equal."""
     expert: PositiveInt = 1
     """Expert parallel ranks."""
+    expert_tensor: PositiveInt = 1
+    """Tensor parallel ranks inside each expert."""
     context: PositiveInt = 1
     """Context parallel ranks."""
     data: PositiveInt = 1
     """Data parallel replicas."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of the expert MLPs and norms, or
+    every layer's."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the layout, one a GPU."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        ranks = self.tensor * self.context * self.data
+        if ranks % (self.expert * self.expert_tensor):
+            refuse(
+                [
+                    f"expert is {self.expert} and expert_tensor {self.expert_tensor}, but their "
+                    f"product must divide tensor * context * data = {ranks}; change one of them"
+                ]
+            )
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:
+            refuse(
+                [
+                    f"pipeline_layers has {len(self.pipeline_layers)} entries, but pipeline is "
+                    f"{self.pipeline}; make them equal"
+                ]
+            )
+        return self
 
 
 class OptimizerConfig(Config):
