@@ -1,4 +1,4 @@
-"""Whether a model can be laid out over GPUs as asked; every mistake is named before anything runs."""
+"""Whether a model can be laid out over GPUs as asked: every mistake, before anything runs."""
 
 from m1.config.model_tables import ModelConfig
 from m1.config.training_tables import ParallelConfig
