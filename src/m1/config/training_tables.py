@@ -37,8 +37,8 @@ class ParallelConfig(Config):
     data: PositiveInt = 1
     """Data parallel replicas."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of the expert MLPs and norms, or
-    every layer's."""
+    """Activations computed again in the backward pass: none; those of the gated norm after
+    lightning attention and, with Transformer Engine, of the experts' SwiGLU; or every layer's."""
 
     @property
     def world_size(self) -> int:

@@ -3,26 +3,14 @@
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from m1.config.layout import layout_mistakes, stage_layers
 from m1.config.schema import ModelConfig, ParallelConfig
-from m1.model.layers import (
-    HybridConfig,
-    HybridLayer,
-    LightningAttention,
-    LightningSubmodules,
-    RMSNorm,
-    SoftmaxAttention,
-)
+from m1.model.block import HybridConfig
+from m1.model.head import keep_float
+from m1.model.spec import block_spec, uses_transformer_engine
 from m1.types import M1Error
 
 
@@ -64,44 +52,52 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
-        use_cpu_initialization=True,
+        use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
-        pipeline_dtype=torch.float32,
+        add_qkv_bias=model.qkv_bias,
+        recompute=parallel.recompute,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
+        variable_seq_lengths=parallel.pipeline > 1,
+        **_pipeline(model, parallel),
+        **_precision(model, parallel),
         **moe,
     )
 
 
-def layer_specs(model: ModelConfig, config: HybridConfig) -> list[ModuleSpec]:
-    """Specs of the layers that this pipeline stage builds, lightning or softmax by the pattern."""
-    offset = get_transformer_layer_offset(config)
-    kinds = model.layer_kinds[offset : offset + get_num_layers_to_build(config)]
-    return [_layer_spec(kind, model) for kind in kinds]
+def _pipeline(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.pipeline_layers is None:
+        return {}
+    stages = [["decoder"] * len(layers) for layers in stage_layers(model, parallel)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
 
 
-def _layer_spec(kind: str, model: ModelConfig) -> ModuleSpec:
-    num_experts = model.moe.num_experts if model.moe else None
-    spec = get_gpt_layer_local_spec(num_experts=num_experts, normalization="RMSNorm")
-    spec.module = HybridLayer
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    if kind == "lightning":
-        spec.submodules.self_attention = ModuleSpec(
-            module=LightningAttention,
-            submodules=LightningSubmodules(
-                qkv_proj=ColumnParallelLinear,
-                output_gate=ColumnParallelLinear,
-                out_proj=RowParallelLinear,
-            ),
-        )
-    else:
-        spec.submodules.self_attention.module = SoftmaxAttention
-        spec.submodules.self_attention.submodules.core_attention = DotProductAttention
-    return spec
+def _precision(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    if model.precision == "fp32":
+        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    settings: dict[str, Any] = {
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+    }
+    if uses_transformer_engine(model) and parallel.recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    if model.precision == "fp8":
+        ends = model.fp8_bf16_ends
+        settings |= {
+            "fp8": "e4m3" if model.fp8_recipe == "blockwise" else "hybrid",
+            "fp8_recipe": model.fp8_recipe,
+            "first_last_layers_bf16": ends > 0,
+            "num_layers_at_start_in_bf16": ends,
+            "num_layers_at_end_in_bf16": ends,
+        }
+    return settings
 
 
 def padded_vocab(model: ModelConfig, tokenizer_size: int) -> int:
@@ -119,30 +115,41 @@ def padded_vocab(model: ModelConfig, tokenizer_size: int) -> int:
 def build_model(
     model: ModelConfig, *, vocab_size: int, seed: int, parallel: ParallelConfig | None = None
 ) -> GPTModel:
-    """Build the model with initial weights that depend on `seed` and the architecture alone.
+    """Build this rank's part of the model, on the GPU if there is one.
 
-    Requires `m1.model.parallel.initialize`. In `eval()` mode, and with packed inputs: call it with
-    tokens [1, T], position_ids [1, T], no mask, and `packed_seq_params` from `m1.model.packing`.
+    Requires `m1.model.parallel.initialize` with the same layout. On the CPU initial weights depend
+    on `seed` and the architecture alone; on GPUs also on the layout. In `eval()` mode, and with
+    packed inputs: call it with tokens [1, T], position_ids [1, T], no mask, and `packed_seq_params`
+    from `m1.model.packing`.
 
     Returns:
         A GPTModel that maps tokens to float32 logits [1, T, V], or to per-token losses [1, T] when
         given labels.
+
+    Raises:
+        M1Error: The model cannot be laid out so, or needs what this machine lacks; nothing has been
+            allocated then.
     """
-    if model.precision != "fp32":
-        raise M1Error(
-            f"model.precision is {model.precision!r}, which needs Transformer Engine's modules, "
-            "and this version builds the fp32 model only; set model.precision = 'fp32'"
-        )
-    config = transformer_config(model, parallel or ParallelConfig())
+    parallel = parallel or ParallelConfig()
+    mistakes = layout_mistakes(model, parallel)
+    if mistakes:
+        raise M1Error("parallel." + "; parallel.".join(mistakes))
+    config = transformer_config(model, parallel)
     torch.manual_seed(seed)
-    return GPTModel(
+    is_last = parallel_state.is_pipeline_last_stage()
+    built = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=layer_specs(model, config), layer_norm=RMSNorm),
+        block_spec(model, config),
         vocab_size=vocab_size,
         max_sequence_length=model.max_position,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=is_last,
         position_embedding_type="rope",
         rotary_percent=model.rotary_dim / model.head_dim,
         rotary_base=model.rope_theta,
         share_embeddings_and_output_weights=model.tie_embeddings,
         fp16_lm_cross_entropy=False,
     )
+    if is_last:
+        keep_float(built.output_layer)
+    return built.cuda() if torch.cuda.is_available() else built

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -53,9 +54,20 @@ def save(
     Raises:
         M1Error: The disk is full or not writable; earlier checkpoints are intact.
     """
+    _allocate_moments(optimizer)
     sharded = model.sharded_state_dict(metadata=_METADATA)
     optimizer_state = optimizer.sharded_state_dict(sharded, metadata=_METADATA)
     return _write(folder, {"model": sharded, "optimizer": optimizer_state, "state": state})
+
+
+def _allocate_moments(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero for what has not been updated yet; saving asks for them."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(parameter))
 
 
 def save_weights(folder: Path, model: MegatronModule) -> str:

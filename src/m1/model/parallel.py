@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from m1.config.schema import ParallelConfig
-from m1.model import cpu
+from m1.model import adam, cpu
 from m1.types import M1Error
 
 
@@ -23,6 +23,9 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
     """
     parallel = parallel or ParallelConfig()
     cpu.install()
+    adam.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" in os.environ:
@@ -33,13 +36,12 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
             )
     if parallel_state.model_parallel_is_initialized():
         return
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     world = dist.get_world_size()
-    if model_ranks * parallel.data != world:
+    if parallel.world_size != world:
         raise M1Error(
             f"parallel layout tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
             f"context {parallel.context} x data {parallel.data} needs "
-            f"{model_ranks * parallel.data} processes, but {world} are running; "
+            f"{parallel.world_size} processes, but {world} are running; "
             "change the layout or start that many with torchrun"
         )
     parallel_state.initialize_model_parallel(
@@ -47,6 +49,6 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     model_parallel_cuda_manual_seed(seed)

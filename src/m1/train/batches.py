@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from m1.data.packing import PackedRow, PackedRows
-from m1.train.trainer import MicroBatch
+from m1.train.microbatch import MicroBatch
 
 
 @dataclass(frozen=True)

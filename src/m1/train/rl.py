@@ -20,9 +20,10 @@ from m1.storage import atomic_write
 from m1.train.advantage import group_advantages, is_informative
 from m1.train.batches import TrainSample, pack_samples, row_order
 from m1.train.losses import policy_loss, token_weights
+from m1.train.microbatch import MicroBatch
 from m1.train.schedule import learning_rate
 from m1.train.supervised import publish, resume, save
-from m1.train.trainer import MicroBatch, Trainer
+from m1.train.trainer import Trainer
 from m1.types import M1Error, RolloutGroup, Task
 
 SCATTER_POINTS = 2000

@@ -78,7 +78,7 @@ def train_on_rows(
         lr = learning_rate(
             config.schedule, peak=config.optimizer.lr, step=step, num_steps=config.num_steps
         )
-        result = trainer.update(batches, cross_entropy, lr=lr)
+        result = trainer.update(trainer.share(batches), cross_entropy, lr=lr)
         step += 1
         num_tokens = sum(b.tokens.numel() for b in batches)
         metrics = {
@@ -101,7 +101,7 @@ def heldout_loss(trainer: Trainer, rows: PackedRows, config: TrainConfig) -> flo
     if count == 0:
         return float("nan")
     batches = row_batches(rows, range(count), rows_per_micro_batch=config.micro_batch_rows)
-    return trainer.evaluate(batches, cross_entropy)["loss"]
+    return trainer.evaluate(trainer.share(batches), cross_entropy)["loss"]
 
 
 def resume(context: StageContext, trainer: Trainer, *, parent: str | None) -> dict[str, Any]:

@@ -4,11 +4,13 @@ Shapes: T packed tokens of one micro-batch.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -21,29 +23,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from m1.model import checkpoint
 from m1.model.build import build_model
-from m1.model.packing import SequencePacking, pack
+from m1.train.microbatch import MicroBatch
+from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed sequences for one forward and backward."""
-
-    tokens: torch.Tensor
-    """int64 [T]."""
-    targets: torch.Tensor
-    """int64 [T], the token that each position predicts; any id where the weight is 0."""
-    lengths: torch.Tensor
-    """int64 [N], sequence lengths, summing to T."""
-    weights: torch.Tensor
-    """float32 [T], weight of each position's loss; the weights of a global batch sum to 1."""
-    extras: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Further tensors [T] for the loss."""
-
 
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(logprobs float32 [T] of the targets with gradient, micro-batch) -> (scalar loss, sums to be
-added over batches)."""
+added over batches and ranks)."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +62,12 @@ class Trainer:
     ) -> None:
         self.parallel = parallel
         module = build_model(model, vocab_size=vocab_size, seed=seed, parallel=parallel)
-        is_distributed = parallel.data > 1
+        self.device = next(module.parameters()).device
         config = module.config
         self.module = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
-                use_distributed_optimizer=is_distributed, grad_reduce_in_fp32=True
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
             ),
             module,
         )
@@ -95,8 +81,9 @@ class Trainer:
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.epsilon,
                 clip_grad=optimizer.max_grad_norm,
-                use_distributed_optimizer=is_distributed,
+                use_distributed_optimizer=True,
                 params_dtype=config.params_dtype,
+                bf16=config.bf16,
             ),
             [self.module],
         )
@@ -120,7 +107,7 @@ class Trainer:
         self.module.train()
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batches, loss, forward_only=False)
+        sums = self._run([self._shard(b) for b in batches], loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.prepare_grads()
@@ -138,7 +125,7 @@ class Trainer:
     def evaluate(self, batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, float]:
         """Sums of the loss function over the batches, without gradients."""
         self.module.eval()
-        return self._run(batches, loss, forward_only=True)
+        return self._run([self._shard(b) for b in batches], loss, forward_only=True)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
@@ -152,20 +139,39 @@ class Trainer:
             collected.append(logprobs.clone())
             return logprobs.sum(), {}
 
-        self._run(batches, keep, forward_only=True)
-        return collected
+        shards = [self._shard(batch) for batch in batches]
+        self._run(shards, keep, forward_only=True)
+        return [
+            self._whole(collected[i] if collected else None, part, batch)
+            for i, (part, batch) in enumerate(zip(shards, batches, strict=True))
+        ]
+
+    def share(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """This data-parallel rank's part of a global batch, as many micro-batches on every rank.
+
+        Where their number does not divide, weightless copies of the last one fill up.
+        """
+        size = self.parallel.data
+        last = batches[-1]
+        filler = replace(last, weights=torch.zeros_like(last.weights))
+        filled = [*batches, *[filler] * (-len(batches) % size)]
+        return filled[parallel_state.get_data_parallel_rank() :: size]
+
+    def _shard(self, batch: MicroBatch) -> BatchShard:
+        rank = parallel_state.get_context_parallel_rank()
+        return shard(batch, self.parallel, context_rank=rank, device=self.device)
 
     def _run(
-        self, batches: Sequence[MicroBatch], loss: LossFunction, *, forward_only: bool
+        self, shards: Sequence[BatchShard], loss: LossFunction, *, forward_only: bool
     ) -> dict[str, float]:
-        num = len(batches)
+        num = len(shards)
         # The schedule divides each loss by the number of micro-batches and DDP averages over
         # replicas; the weights already are those of the global batch, so both are undone here.
-        undo = num * self.parallel.data * self.parallel.context
+        undo = num * self.parallel.data
 
         def step(iterator: Any, module: Any) -> Any:
-            batch: MicroBatch = next(iterator)
-            packing: SequencePacking = pack(batch.lengths)
+            part: BatchShard = next(iterator)
+            batch, packing = part.batch, part.packing
             losses = module(
                 batch.tokens[None],
                 packing.positions[None],
@@ -182,15 +188,47 @@ class Trainer:
 
         parts = self._forward_backward(
             forward_step_func=step,
-            data_iterator=iter(batches),
+            data_iterator=iter(shards),
             model=[self.module],
             num_microbatches=num,
-            seq_length=int(batches[0].tokens.numel()),
+            seq_length=int(shards[0].batch.tokens.numel()),
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        names = parts[0].keys() if parts else ()
-        return {name: float(sum(part[name] for part in parts)) for name in names}
+        return self._total(parts)
+
+    def _total(self, parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and over the ranks that had different tokens, on every rank."""
+        names = [sorted(parts[0])] if parts else [[]]
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        if self.parallel.pipeline > 1:
+            dist.broadcast_object_list(names, src=last, group=group)
+        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.device)
+        if parts and names[0]:
+            sums = torch.stack([sum(p[name].double() for p in parts) for name in names[0]])  # type: ignore[misc]
+            if self.parallel.data * self.parallel.context > 1:
+                ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+                dist.all_reduce(sums, group=ranks)
+        if self.parallel.pipeline > 1:
+            dist.broadcast(sums, src=last, group=group)
+        return dict(zip(names[0], sums.tolist(), strict=True))
+
+    def _whole(
+        self, values: torch.Tensor | None, part: BatchShard, batch: MicroBatch
+    ) -> torch.Tensor:
+        """Values [T] of a micro-batch on the CPU, from those [L] of the ranks that share it."""
+        whole = torch.zeros(batch.tokens.numel(), device=self.device)
+        if values is not None:
+            is_real = part.source >= 0
+            whole[part.source[is_real].to(self.device)] = values[is_real.to(self.device)]
+            if self.parallel.context > 1:
+                dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+        if self.parallel.pipeline > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            group = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(whole, src=last, group=group)
+        return whole.cpu()
 
     def save(self, folder: Path, state: dict[str, Any]) -> str:
         """Write model, optimizer and `state` as a sharded checkpoint; returns its digest."""

@@ -6,7 +6,8 @@ import torch
 
 from m1.config.schema import OptimizerConfig, ParallelConfig
 from m1.model import checkpoint
-from m1.train.trainer import MicroBatch, Trainer, cross_entropy
+from m1.train.microbatch import MicroBatch
+from m1.train.trainer import Trainer, cross_entropy
 from m1.types import M1Error
 
 
@@ -40,13 +41,15 @@ def train(trainer, steps):
 
 def tensors(trainer):
     """Copies of all weights and of the optimizer's moments and step counts."""
-    optimizers = [chained.optimizer for chained in trainer.optimizer.chained_optimizers]
-    moments = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    found = {}
-    for name, parameter in trainer.model.named_parameters():
-        found[name] = parameter.detach().clone()
-        for key, value in moments.get(parameter, {}).items():
-            found[f"{name}/{key}"] = torch.as_tensor(value).clone()
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    found = {name: parameter.detach().clone() for parameter, name in names.items()}
+    for number, optimizer in enumerate(trainer.optimizer.chained_optimizers):
+        for parameter in optimizer.model_param_group_index_map:
+            states = optimizer._get_main_param_and_optimizer_states(parameter)
+            for key, value in states.items():
+                found[f"{names[parameter]}/{key}"] = value.detach().clone()
+        for group in optimizer.param_groups:
+            found[f"step {number}"] = torch.tensor(group.get("step", 0))
     return found
 
 

@@ -8,8 +8,9 @@ import torch
 
 from m1.config.schema import ModelConfig, MoeConfig
 from m1.model.build import build_model, padded_vocab
-from m1.model.layers import LightningAttention, SoftmaxAttention
+from m1.model.lightning import LightningAttention
 from m1.model.packing import pack
+from m1.model.softmax import SoftmaxAttention
 from m1.types import M1Error
 
 LENGTHS = [40, 1, 9]
