@@ -133,6 +133,7 @@ def test_report_states_scores_data_and_provenance(tmp_path):
     assert "12,345" in words
     assert "5m45s" in words
     assert "Pearson r = 1.00000" in words
+    assert "pass@4 0.800 [0.750, 0.850]" in words
     assert "/runs/register" in words
 
 
