@@ -130,6 +130,9 @@ def render_rl_figure(rows: MetricRows) -> str | None:
         for axis, (name, found) in zip(axes, present.items(), strict=False):
             _plot_smoothed(axis, found, COLOURS["rl"])
             axis.set(title=_RL_PANELS[name], xlabel="RL step")
+            if name == "rl/probability_correlation":  # its distance from 1 is what matters
+                axis.ticklabel_format(axis="y", useOffset=False)
+                axis.set_ylim(min(0.999, *found.values), 1.0001)
 
     return _render(draw, width=3.1 * num_columns, height=2.4 * num_rows, salt="rl")
 

@@ -72,7 +72,7 @@ def _score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[d
             "model": model,
             "mean": f"{score['mean']:.3f}",
             "interval": f"[{score['low']:.3f}, {score['high']:.3f}]",
-            "pass_at_k": _optional(score.get("pass_at_k")),
+            "pass_at_k": _pass_at_k(score),
             "n": str(score.get("n", "")),
         }
         for benchmark, row in scores.items()
@@ -80,8 +80,12 @@ def _score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[d
     ]
 
 
-def _optional(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "-"
+def _pass_at_k(score: Mapping[str, Any]) -> str:
+    """`pass@4 0.885 [0.835, 0.925]`, or a dash."""
+    found = score.get("pass_at_k")
+    if found is None:
+        return "-"
+    return f"pass@{score['k']} {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _pretty(text: str) -> str:

@@ -56,6 +56,7 @@ def _rows(stage, names, count=40):
 def _everything():
     rl = "reward accuracy completion_length_tokens entropy_nats clip_fraction"
     noise = random.Random(2)
+    passed = {"pass_at_k": {"mean": 0.8, "low": 0.75, "high": 0.85}}
     training = [noise.random() for _ in range(500)]
     statuses = ("cached", *["done"] * 5)
     return {
@@ -71,8 +72,8 @@ def _everything():
             "scores": {
                 name: {
                     "pretrain": {"mean": 0.05, "low": 0.0, "high": 0.1, "n": 64},
-                    "sft": {"mean": 0.3, "low": 0.2, "high": 0.4, "n": 64, "pass_at_k": 0.5},
-                    "rl": {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 64, "pass_at_k": 0.8},
+                    "sft": {"mean": 0.3, "low": 0.2, "high": 0.4, "n": 64, "k": 4, **passed},
+                    "rl": {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 64, "k": 4, **passed},
                 }
                 for name in ("chain_sum", "basic_arithmetic")
             },
@@ -132,6 +133,7 @@ def test_report_states_scores_data_and_provenance(tmp_path):
     assert "12,345" in words
     assert "5m45s" in words
     assert "Pearson r = 1.00000" in words
+    assert "pass@4 0.800 [0.750, 0.850]" in words
     assert "/runs/register" in words
 
 
