@@ -23,7 +23,7 @@ def layout_mistakes(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
             f"{model.moe.num_experts}; change one of them"
         )
     width = model.moe.ffn_hidden_size if model.moe else (model.ffn_hidden_size or 0)
-    ranks = parallel.expert_tensor if model.moe else parallel.tensor
+    ranks = parallel.expert_tensor_size if model.moe else parallel.tensor
     if width % ranks:
         field = "expert_tensor" if model.moe else "tensor"
         texts.append(

@@ -30,8 +30,9 @@ class ParallelConfig(Config):
     """Layers of each pipeline stage, where they are not equal."""
     expert: PositiveInt = 1
     """Expert parallel ranks."""
-    expert_tensor: PositiveInt = 1
-    """Tensor parallel ranks inside each expert."""
+    expert_tensor: PositiveInt | None = None
+    """Tensor parallel ranks inside each expert; absent: 1 with expert parallel ranks, else
+    `tensor`."""
     context: PositiveInt = 1
     """Context parallel ranks."""
     data: PositiveInt = 1
@@ -41,6 +42,13 @@ class ParallelConfig(Config):
     lightning attention and, with Transformer Engine, of the experts' SwiGLU; or every layer's."""
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallel ranks inside each expert, in force."""
+        if self.expert_tensor is not None:
+            return self.expert_tensor
+        return self.tensor if self.expert == 1 else 1
+
+    @property
     def world_size(self) -> int:
         """Processes of the layout, one a GPU."""
         return self.tensor * self.pipeline * self.context * self.data
@@ -48,11 +56,20 @@ class ParallelConfig(Config):
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
         ranks = self.tensor * self.context * self.data
-        if ranks % (self.expert * self.expert_tensor):
+        if ranks % (self.expert * self.expert_tensor_size):
             refuse(
                 [
-                    f"expert is {self.expert} and expert_tensor {self.expert_tensor}, but their "
-                    f"product must divide tensor * context * data = {ranks}; change one of them"
+                    f"expert is {self.expert} and expert_tensor {self.expert_tensor_size}, but "
+                    f"their product must divide tensor * context * data = {ranks}; change one of "
+                    "them"
+                ]
+            )
+        if self.expert == 1 and self.expert_tensor_size != self.tensor:
+            refuse(
+                [
+                    f"expert_tensor is {self.expert_tensor}, but without expert parallel ranks it "
+                    f"must equal tensor, {self.tensor}: megatron-core would not add up the "
+                    "gradients of the experts' copies; leave it out, or raise expert"
                 ]
             )
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.pipeline:

@@ -59,7 +59,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
         variable_seq_lengths=parallel.pipeline > 1,

@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -33,7 +34,6 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "non_homogeneous_layers": True,
     "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
 }
 
 
@@ -56,13 +56,56 @@ def save(
     """
     _allocate_moments(optimizer)
     sharded = model.sharded_state_dict(metadata=_METADATA)
-    optimizer_state = optimizer.sharded_state_dict(sharded, metadata=_METADATA)
-    return _write(folder, {"model": sharded, "optimizer": optimizer_state, "state": state})
+    return _write(
+        folder,
+        {
+            "model": sharded,
+            "optimizer": _moments(optimizer, sharded, is_loading=False),
+            "num_updates": _num_updates(optimizer),
+            "state": state,
+        },
+    )
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers of dense and of expert parameters; one without expert parallel ranks."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _moments(
+    optimizer: MegatronOptimizer, sharded: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    """Main weights and moments of every parameter, with their places in the global model.
+
+    megatron's own state dict of several optimizers can be read by as many optimizers only, and so
+    under the same kind of layout; the tensors alone are named after the model's parameters.
+    """
+    return {
+        str(number): part.sharded_state_dict(sharded, is_loading=is_loading, metadata=_METADATA)[
+            "param_state"
+        ]
+        for number, part in enumerate(_parts(optimizer))
+    }
+
+
+def _num_updates(optimizer: MegatronOptimizer) -> int:
+    groups = [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
+    return max((int(group.get("step", 0)) for group in groups), default=0)
+
+
+def _load_moments(optimizer: MegatronOptimizer, moments: dict[str, Any], num_updates: int) -> None:
+    for number, part in enumerate(_parts(optimizer)):
+        own = part.state_dict()
+        for group in own["optimizer"]["param_groups"]:
+            group["step"] = num_updates
+        own["param_state"] = moments[str(number)]
+        own["param_state_sharding_type"] = _METADATA["distrib_optim_sharding_type"]
+        part.load_state_dict(own)
 
 
 def _allocate_moments(optimizer: MegatronOptimizer) -> None:
     """Moments of zero for what has not been updated yet; saving asks for them."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -110,13 +153,10 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> d
     """
     verify(folder)
     sharded = model.sharded_state_dict(metadata=_METADATA)
-    full = {
-        "model": sharded,
-        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True, metadata=_METADATA),
-    }
+    full = {"model": sharded, "optimizer": _moments(optimizer, sharded, is_loading=True)}
     loaded = _read(folder, full)
     model.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_moments(optimizer, loaded["optimizer"], loaded["num_updates"])
     return loaded["state"]  # type: ignore[no-any-return]
 
 

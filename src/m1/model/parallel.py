@@ -49,6 +49,6 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
     model_parallel_cuda_manual_seed(seed)
