@@ -43,7 +43,7 @@ def _layout(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> Table:
-    kinds = _KINDS | (_DECODING_KINDS if plan.workload.samples else {})
+    kinds = _KINDS | (_DECODING_KINDS if plan.workload.is_sampling else {})
     table = Table(box=None, pad_edge=False, title_justify="left", title="GiB on a GPU")
     for heading in ("stage", "layers", *kinds.values(), "peak"):
         table.add_column(heading, justify="right")

@@ -91,17 +91,14 @@ def make_plan(recipe: Recipe, options: Options) -> Plan:
         workload.parallel,
         vocab_size=vocab_size,
         batch=workload.batch,
-        decoding=workload.decoding if workload.samples else None,
+        decoding=workload.decoding if workload.is_sampling else None,
     )
     flops = token_flops(model, vocab_size, sequence_length=workload.sequence_length)
-    work = workload.work
     cost = plan_cost(
         model,
         gpu,
         num_gpus=workload.parallel.world_size,
-        flops_per_step=float(
-            (work.sampled + work.scored) * flops.forward + work.trained * flops.training
-        ),
+        flops_per_step=_flops_per_step(workload, flops),
         num_steps=workload.num_steps,
         mfu=options.mfu,
         price_per_gpu_hour=options.price_per_gpu_hour,
@@ -148,6 +145,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _flops_per_step(workload: Workload, flops: TokenFlops) -> float:
+    work = workload.work
+    return float((work.sampled + work.scored) * flops.forward + work.trained * flops.training)
+
+
 def _memory_json(plan: Plan) -> dict[str, Any]:
     model, decoding = plan.recipe.model, plan.workload.decoding
     states, cache = decoding_bytes(model, list(model.layer_kinds), decoding)
@@ -179,7 +181,7 @@ def _warnings(stages: list[StageMemory], gpu: Gpu, workload: Workload) -> list[s
         f"set {workload.stage}.parallel.recompute, lower {workload.stage}.{micro_batch}, or spread "
         "the model over more GPUs"
     )
-    if workload.samples:
+    if workload.is_sampling:
         remedy += " (or lower --sequences or --length if decoding is what fills it)"
     if need > have:
         return [f"{found}, but {gpu.name} has {have:.1f}; {remedy}"]
@@ -199,7 +201,7 @@ def _notes(recipe: Recipe, workload: Workload) -> list[str]:
         "FLOPs: matrix products, softmax attention causal, lightning attention by chunks of 64; "
         "without recomputation; the pipeline's idle time is part of the MFU",
     ]
-    if workload.samples:
+    if workload.is_sampling:
         notes.append(
             "RL: every completion at max_new_tokens, sampled, scored and trained once; without "
             "prompts and extra batches. Sampling is bound by memory, so its time is a lower bound"

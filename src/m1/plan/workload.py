@@ -23,7 +23,7 @@ class Workload:
     num_steps: int
     sequence_length: int
     decoding: Decoding
-    samples: bool
+    is_sampling: bool
     """Whether decoding is part of the stage, on the GPUs that train."""
 
 
@@ -67,7 +67,7 @@ def _supervised(stage: str, config: TrainConfig, row: int, decoding: Decoding) -
         num_steps=config.num_steps,
         sequence_length=row,
         decoding=decoding,
-        samples=False,
+        is_sampling=False,
     )
 
 
@@ -89,5 +89,5 @@ def _rl(config: RlConfig, num_sequences: int | None, length: int | None) -> Work
         num_steps=config.num_steps,
         sequence_length=longest,
         decoding=Decoding(num_sequences or at_once, length or longest),
-        samples=True,
+        is_sampling=True,
     )
