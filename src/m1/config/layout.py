@@ -1,7 +1,8 @@
-"""Whether a model can be laid out over GPUs as asked: every mistake, before anything runs."""
+"""What follows from the tables alone: the layout over GPUs, its mistakes, the vocabulary."""
 
 from m1.config.model_tables import ModelConfig
 from m1.config.training_tables import ParallelConfig
+from m1.types import M1Error
 
 
 def layout_mistakes(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
@@ -62,3 +63,15 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[range]:
     )
     starts = [sum(shares[:i]) for i in range(len(shares))]
     return [range(start, start + share) for start, share in zip(starts, shares, strict=True)]
+
+
+def padded_vocab(model: ModelConfig, tokenizer_size: int) -> int:
+    """Rows of the embedding: as configured, or the tokenizer's size rounded up to 64."""
+    if model.vocab_size is None:
+        return -(-tokenizer_size // 64) * 64
+    if model.vocab_size < tokenizer_size:
+        raise M1Error(
+            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer_size} "
+            "entries; raise it, or leave it out to take the tokenizer's size"
+        )
+    return model.vocab_size

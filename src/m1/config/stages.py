@@ -102,12 +102,14 @@ def image_digest() -> str:
 _NOT_COMPUTING = frozenset(
     {
         "cli.py",
+        "cli_plan.py",
         "cli_recipe.py",
         "config",
         "doctor.py",
         "doctor_remote.py",
         "launch.py",
         "pipeline.py",
+        "plan",
         "tracking",
         "ui.py",
     }

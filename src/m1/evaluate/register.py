@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
+from m1.config.layout import padded_vocab
 from m1.config.schema import Recipe
 from m1.data.tokenizer import Tokenizer
 from m1.evaluate.runner import MODELS
 from m1.model import checkpoint
-from m1.model.build import build_model, padded_vocab
+from m1.model.build import build_model
 from m1.model.hf import export_hf, require_representable
 from m1.model.parallel import initialize
 from m1.stage import StageContext, StageOutput

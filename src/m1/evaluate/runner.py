@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m1.config.layout import padded_vocab
 from m1.config.schema import BenchmarkConfig, EvaluateConfig, ParallelConfig, Recipe, RewardConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.evaluate.statistics import mean_with_interval, pass_at_k
 from m1.inference.engine import LocalEngine
 from m1.model import checkpoint
-from m1.model.build import build_model, padded_vocab
+from m1.model.build import build_model
 from m1.model.parallel import initialize
 from m1.rollout.groups import completion_text, sample_groups
 from m1.stage import StageContext, StageOutput

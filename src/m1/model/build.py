@@ -100,18 +100,6 @@ def _precision(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     return settings
 
 
-def padded_vocab(model: ModelConfig, tokenizer_size: int) -> int:
-    """Rows of the embedding: as configured, or the tokenizer's size rounded up to 64."""
-    if model.vocab_size is None:
-        return -(-tokenizer_size // 64) * 64
-    if model.vocab_size < tokenizer_size:
-        raise M1Error(
-            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer_size} "
-            "entries; raise it, or leave it out to take the tokenizer's size"
-        )
-    return model.vocab_size
-
-
 def build_model(
     model: ModelConfig, *, vocab_size: int, seed: int, parallel: ParallelConfig | None = None
 ) -> GPTModel:

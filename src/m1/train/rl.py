@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from m1.config.layout import padded_vocab
 from m1.config.schema import Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import LocalEngine
-from m1.model.build import padded_vocab
 from m1.model.parallel import initialize
 from m1.rollout.groups import sample_groups
 from m1.stage import PROBABILITIES, StageContext, StageOutput

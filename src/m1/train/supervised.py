@@ -4,11 +4,11 @@ import shutil
 import time
 from typing import Any
 
+from m1.config.layout import padded_vocab
 from m1.config.schema import ModelConfig, Recipe, TrainConfig
 from m1.data.packing import PackedRows
 from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
-from m1.model.build import padded_vocab
 from m1.model.parallel import initialize
 from m1.stage import StageContext, StageOutput
 from m1.train.batches import row_batches, rows_of_step

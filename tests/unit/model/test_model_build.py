@@ -6,8 +6,9 @@ Shapes: T tokens, H heads, D head dim.
 import pytest
 import torch
 
+from m1.config.layout import padded_vocab
 from m1.config.schema import ModelConfig, MoeConfig
-from m1.model.build import build_model, padded_vocab
+from m1.model.build import build_model
 from m1.model.lightning import LightningAttention
 from m1.model.packing import pack
 from m1.model.softmax import SoftmaxAttention

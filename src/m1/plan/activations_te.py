@@ -1,0 +1,124 @@
+"""Tensors kept on the GPU: Transformer Engine's modules in BF16 or FP8, a fused lightning kernel.
+
+Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4) count a layer so; the tensors here are those of
+our layer. Sizes in bytes; letters as in `activations.Share`, besides h hidden size, f width of a
+SwiGLU, E experts, k of them a token, V rows of the head on this GPU. Read from the code of
+`m1.model.layers`, megatron-core 0.16.1 and Transformer Engine; not yet compared with a GPU.
+
+What is assumed: projections save their input before the gather of sequence parallelism; FP8
+projections save it in one byte; RMSNorm saves its input and a float32 root a token; SwiGLU is not
+fused (`bias_activation_fusion=False` in `m1.model.build`); the lightning kernel saves q, k and v
+only; softmax attention is FlashAttention's (q, k, v, output, float32 log-sum-exp).
+"""
+
+from m1.config.model_tables import ModelConfig
+from m1.plan.activations import Recompute, Saved, Share, router_bytes
+
+_BF16, _FP32, _INT64 = 2, 4, 8
+
+
+def layer_tensors(
+    model: ModelConfig, kind: str, share: Share, *, is_fp8: bool = False
+) -> list[Saved]:
+    """Tensors of one layer, `kind` being "lightning" or "softmax"."""
+    h, s = model.hidden_size, share.s
+    operand = 1 if is_fp8 else _BF16
+    attention = _lightning if kind == "lightning" else _softmax
+    return [
+        Saved("layer input", _BF16 * s * h, "full"),
+        Saved("root of the first norm", _FP32 * s),
+        Saved("input of the attention's projections", operand * s * h, "none"),
+        *attention(model, share, operand),
+        Saved("input of the second norm", _BF16 * s * h),
+        Saved("root of the second norm", _FP32 * s),
+        *_feed_forward(model, share, operand),
+    ]
+
+
+def head_tensors(model: ModelConfig, vocab_size: int, share: Share) -> list[Saved]:
+    """Final norm, FP32 head and cross entropy; the softmax overwrites the logits."""
+    h, s, t = model.hidden_size, share.s, share.t
+    return [
+        Saved("input of the final norm", _BF16 * s * h),
+        Saved("root of the final norm", _FP32 * s),
+        Saved("input of the head, FP32", _FP32 * s * h),
+        Saved("softmax over the vocabulary, FP32", _FP32 * t * vocab_size / share.tensor),
+        Saved("targets", (_INT64 + 1) * t),
+    ]
+
+
+def _lightning(model: ModelConfig, share: Share, operand: int) -> list[Saved]:
+    """SiLU, kernel, norm over the heads, gate; w of each token.
+
+    Without tensor parallelism the norm is one operation; with it `LightningAttention._norm` keeps
+    two float32 copies of its input, for the square and for the product with the root, and its
+    output before the weight.
+    """
+    t, w = share.t, share.w
+    if share.tensor == 1:
+        norm = [Saved("input of the heads' norm", _BF16 * t * w)]
+    else:
+        norm = [
+            Saved("input of the heads' norm, FP32, to square", _FP32 * t * w),
+            Saved("input of the heads' norm, FP32, to scale", _FP32 * t * w),
+            Saved("heads' norm before its weight", _BF16 * t * w),
+        ]
+    return [
+        Saved("input of SiLU", _BF16 * t * 3 * w),
+        Saved("q, k and v", _BF16 * t * 3 * w),
+        *norm,
+        Saved("root of the heads' norm", _FP32 * t),
+        Saved("output of the heads' norm", _BF16 * t * w),
+        Saved("gate", _BF16 * t * w),
+        Saved("input of the output projection", operand * t * w),
+    ]
+
+
+def _softmax(model: ModelConfig, share: Share, operand: int) -> list[Saved]:
+    """RoPE and attention; the attention's output is also the projection's input.
+
+    FP8 projections keep their own copy of it.
+    """
+    t, w, g = share.t, share.w, share.g
+    tensors = [
+        Saved("cosines and sines", 2 * _FP32 * t * model.rotary_dim),
+        Saved("q, k and v", _BF16 * t * (w + 2 * g)),
+        Saved("output of the attention", _BF16 * t * w),
+        Saved("log-sum-exp", _FP32 * t * share.heads),
+    ]
+    if operand != _BF16:
+        tensors.append(Saved("input of the output projection", operand * t * w))
+    return tensors
+
+
+def _feed_forward(model: ModelConfig, share: Share, operand: int) -> list[Saved]:
+    """MLP or experts; the router keeps the norm's output in BF16."""
+    h, s, t, moe = model.hidden_size, share.s, share.t, model.moe
+    if moe is None:
+        f = (model.ffn_hidden_size or 0) / share.tensor
+        norm = Saved("output of the second norm", operand * s * h, "none")
+        return [norm, *_swiglu("MLP", t, f, operand, "selective")]
+    f = moe.ffn_hidden_size / share.expert_tensor
+    tensors = [
+        Saved("output of the second norm", _BF16 * s * h, "none"),
+        Saved("router", router_bytes(s, num_experts=moe.num_experts, top_k=moe.top_k), "none"),
+        Saved("rows sent to the experts", operand * share.m * h, "none"),
+        *_swiglu("experts", share.m, f, operand, "none"),
+        Saved("experts: product before the probabilities", _BF16 * share.m * f, "none"),
+    ]
+    if moe.shared_ffn_hidden_size:
+        f = moe.shared_ffn_hidden_size / share.tensor
+        tensors += _swiglu("shared expert", t, f, operand, "none")
+        if operand != _BF16:
+            tensors.append(Saved("shared expert: input of fc1", operand * s * h, "none"))
+    return tensors
+
+
+def _swiglu(name: str, rows: float, f: float, operand: int, survives: Recompute) -> list[Saved]:
+    """fc2(SiLU(a) * b) with [a|b] = fc1(x): what each factor's gradient needs."""
+    return [
+        Saved(f"{name}: output of fc1", _BF16 * rows * 2 * f, survives),
+        Saved(f"{name}: SiLU(a)", _BF16 * rows * f, survives),
+        Saved(f"{name}: b plus an offset of 0", _BF16 * rows * f, survives),
+        Saved(f"{name}: input of fc2", operand * rows * f, survives),
+    ]
