@@ -1,5 +1,8 @@
 """The public entry points, which choose an implementation by device."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 
 from m1_kernels.lightning_attention import reference
@@ -26,10 +29,27 @@ def lightning_attention(
 
     Returns:
         Outputs [T, H, E] in q's dtype, and float32 final states [N, H, D, E] or None.
+
+    Raises:
+        ImportError: The tensors are on a GPU and Triton is not installed.
     """
+    if q.is_cuda:
+        return _on_gpu()(q, k, v, slopes, cu_seqlens, output_final_state=output_final_state)
     out = reference.chunked(q, k, v, slopes, cu_seqlens)
     final = reference.final_states(k, v, slopes, cu_seqlens) if output_final_state else None
     return out, final
+
+
+@cache
+def _on_gpu() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    try:
+        from m1_kernels.lightning_attention.chunk import lightning_attention_triton
+    except ImportError as error:
+        raise ImportError(
+            f"lightning attention on a GPU needs Triton, which cannot be imported ({error}); "
+            "pip install triton"
+        ) from error
+    return lightning_attention_triton
 
 
 def lightning_attention_step(

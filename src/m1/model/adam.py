@@ -57,11 +57,11 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def install() -> None:
-    """Give megatron-core this optimizer where neither Transformer Engine nor Apex offers one."""
+    """Give megatron-core this optimizer where none of theirs can run."""
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 
-    if not optimizer.USING_PYTORCH_OPTIMIZER:
+    if torch.cuda.is_available() and not optimizer.USING_PYTORCH_OPTIMIZER:
         return
     optimizer.Adam = distributed.Adam = GroupStepAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -26,15 +26,20 @@ class BatchShard:
 
 
 def shard(
-    batch: MicroBatch, parallel: ParallelConfig, *, context_rank: int, device: torch.device
+    batch: MicroBatch,
+    parallel: ParallelConfig,
+    *,
+    context_rank: int,
+    device: torch.device,
+    multiple: int = 1,
 ) -> BatchShard:
     """Cut a micro-batch for one context-parallel rank.
 
     With R context ranks every sequence is padded to a multiple of 2R, and the last one further, so
-    that the tokens of a rank divide among the tensor-parallel ranks. Padding follows the tokens of
-    its sequence, so no token can see it; its weight is 0.
+    that the tokens of a rank divide among the tensor-parallel ranks and each share is a multiple of
+    `multiple`. Padding follows the tokens of its sequence, so no token can see it; its weight is 0.
     """
-    source, lengths = _pad(batch.lengths, parallel)
+    source, lengths = _pad(batch.lengths, parallel, multiple)
     if parallel.context > 1:
         source = source[context_indices(lengths, rank=context_rank, size=parallel.context)]
     packing = pack(lengths, context_rank=context_rank, context_size=parallel.context, device=device)
@@ -50,10 +55,12 @@ def shard(
     return BatchShard(batch.map(take), packing, source)
 
 
-def _pad(lengths: torch.Tensor, parallel: ParallelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    multiple = 2 * parallel.context if parallel.context > 1 else 1
-    padded = -(-lengths // multiple) * multiple
-    whole = math.lcm(multiple, parallel.context * parallel.tensor)
+def _pad(
+    lengths: torch.Tensor, parallel: ParallelConfig, multiple: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    chunks = 2 * parallel.context if parallel.context > 1 else 1
+    padded = -(-lengths // chunks) * chunks
+    whole = math.lcm(chunks, parallel.context * parallel.tensor * multiple)
     padded[-1] += -int(padded.sum()) % whole
     total = int(padded.sum())
     if total == int(lengths.sum()):

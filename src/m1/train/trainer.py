@@ -27,6 +27,8 @@ from m1.train.microbatch import MicroBatch
 from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
 
+_FP8_TOKENS = 128
+"""Tokens of a rank are padded to a multiple of this, the edge of a block of scaled operands."""
 LossFunction = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(logprobs float32 [T] of the targets with gradient, micro-batch) -> (scalar loss, sums to be
 added over batches and ranks)."""
@@ -61,6 +63,7 @@ class Trainer:
         parallel: ParallelConfig,
     ) -> None:
         self.parallel = parallel
+        self.is_fp8 = model.precision == "fp8"
         module = build_model(model, vocab_size=vocab_size, seed=seed, parallel=parallel)
         self.device = next(module.parameters()).device
         config = module.config
@@ -159,7 +162,13 @@ class Trainer:
 
     def _shard(self, batch: MicroBatch) -> BatchShard:
         rank = parallel_state.get_context_parallel_rank()
-        return shard(batch, self.parallel, context_rank=rank, device=self.device)
+        return shard(
+            batch,
+            self.parallel,
+            context_rank=rank,
+            device=self.device,
+            multiple=_FP8_TOKENS if self.is_fp8 else 1,
+        )
 
     def _run(
         self, shards: Sequence[BatchShard], loss: LossFunction, *, forward_only: bool

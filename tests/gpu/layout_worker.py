@@ -1,0 +1,62 @@
+"""20 updates in BF16 under one layout, from a common checkpoint; run by torchrun.
+
+`layout_worker.py FOLDER NAME LAYOUT_JSON`: writes NAME.json; the layout named `one` also writes the
+common checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
+from m1.model.parallel import initialize
+from m1.train.microbatch import MicroBatch
+from m1.train.trainer import Trainer, cross_entropy
+
+VOCAB, STEPS = 512, 20
+MODEL = ModelConfig(
+    num_layers=8,
+    hidden_size=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rotary_dim=32,
+    moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=256, aux_loss_coefficient=0.0),
+    max_position=1024,
+    precision="bf16",
+)
+
+
+def micro_batch(seed: int) -> MicroBatch:
+    """Sequences that repeat themselves, so that there is something to learn."""
+    lengths = torch.tensor([700, 130, 1024])
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (97,), generator=generator).repeat(20)[:1855]
+    return MicroBatch(tokens[:-1], tokens[1:], lengths, torch.full((1854,), 1 / (4 * 1854)))
+
+
+def main(folder: Path, name: str, layout: dict) -> None:
+    parallel = ParallelConfig.model_validate(layout)
+    initialize(parallel)
+    optimizer = OptimizerConfig(lr=1e-3)
+    trainer = Trainer(MODEL, optimizer, vocab_size=VOCAB, seed=1, parallel=parallel)
+    if name == "one":
+        trainer.save(folder / "start", {"step": 0})
+    trainer.load(folder / "start")
+    losses, norms = [], []
+    for step in range(STEPS):
+        batches = [micro_batch(100 * step + i) for i in range(4)]
+        result = trainer.update(trainer.share(batches), cross_entropy, lr=1e-3)
+        losses.append(result.sums["loss"])
+        norms.append(result.grad_norm)
+    if dist.get_rank() == 0:
+        (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))

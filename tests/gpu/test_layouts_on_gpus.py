@@ -1,0 +1,48 @@
+"""On two GPUs no layout changes what is learned in BF16."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAYOUTS = {
+    "dp2": {"data": 2},
+    "tp2": {"tensor": 2},
+    "pp2": {"pipeline": 2},
+    "ep2": {"data": 2, "expert": 2},
+    "cp2": {"context": 2},
+    "tp2-ep2": {"tensor": 2, "expert": 2},
+    "cp2-recompute": {"context": 2, "recompute": "full"},
+}
+
+
+def train(folder: Path, name: str, layout: dict, world: int) -> dict:
+    worker = Path(__file__).with_name("layout_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world}", str(worker), str(folder), name, json.dumps(layout)]
+    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("layouts")
+    return folder, train(folder, "one", {}, 1)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_learns_as_one_gpu_does(one, name):
+    folder, expected = one
+    found = train(folder, name, LAYOUTS[name], 2)
+    gap = max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True))
+    print(f"{name}: {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}, largest gap {gap:.2e}")
+    assert expected["losses"][-1] < 0.9 * expected["losses"][0]
+    assert gap <= 1e-2
