@@ -4,11 +4,8 @@ Writes a checkpoint of the weights (rounded to BF16, so that every precision can
 the logits in FP32 and in BF16 arithmetic.
 """
 
-import os
 import sys
 from pathlib import Path
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from m1.model import cpu
 

@@ -13,10 +13,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("segment_tokens", [256, 1 << 20])
+@pytest.mark.parametrize("segment_tokens", [128, 1 << 20])
 @pytest.mark.parametrize("layer", [0, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("lengths", "head_dim"), [([700, 1, 64, 1300], 128), ([63, 2, 1000], 64)])
+@pytest.mark.parametrize(("lengths", "head_dim"), [([70, 1, 64, 300], 128), ([63, 2, 200], 64)])
 def test_the_kernels_equal_the_recurrence(
     monkeypatch, lengths, head_dim, dtype, layer, segment_tokens
 ):
@@ -35,10 +35,10 @@ def test_the_kernels_equal_the_recurrence(
     state = draw(len(lengths), heads, head_dim, head_dim)
     d_out, d_final = draw(total, heads, head_dim).to(dtype), draw(*state.shape)
 
-    wanted_inputs = [x.double().requires_grad_() for x in (*fused.unbind(2), state)]
-    out, final = reference.recurrent(*wanted_inputs[:3], slopes, bounds, wanted_inputs[3])
-    ((out * d_out.double()).sum() + (final * d_final.double()).sum()).backward()
-    wanted = [out, final, *(x.grad for x in wanted_inputs)]
+    exact = [x.cuda().double().requires_grad_() for x in (*fused.unbind(2), state)]
+    out, final = reference.recurrent(*exact[:3], slopes.cuda(), bounds, exact[3])
+    ((out * d_out.cuda().double()).sum() + (final * d_final.cuda().double()).sum()).backward()
+    wanted = [out, final, *(x.grad for x in exact)]
 
     q, k, v = (x.detach().requires_grad_() for x in fused.cuda().unbind(2))
     start = state.cuda().requires_grad_()
@@ -47,7 +47,7 @@ def test_the_kernels_equal_the_recurrence(
     )
     ((out.float() * d_out.cuda().float()).sum() + (final * d_final.cuda()).sum()).backward()
     found = [out, final, q.grad, k.grad, v.grad, start.grad]
-    errors = [relative(a.detach().cpu(), b.detach()) for a, b in zip(found, wanted, strict=True)]
+    errors = [relative(a.detach(), b.detach()) for a, b in zip(found, wanted, strict=True)]
     assert max(errors) <= TOLERANCE[dtype], errors
 
 

@@ -1,5 +1,6 @@
 """The Transformer Engine model against the CPU reference model with the same weights."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,10 @@ def on_cpu(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     worker = Path(__file__).with_name("reference_worker.py")
     command = [sys.executable, str(worker), CONFIG.model_dump_json(), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

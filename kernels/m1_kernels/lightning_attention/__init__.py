@@ -4,13 +4,20 @@ Packed sequences throughout: q, k, v are [T, H, D] and `cu_seqlens` marks the se
 """
 
 from m1_kernels.lightning_attention.context import AllGather, lightning_attention_context
-from m1_kernels.lightning_attention.dispatch import lightning_attention, lightning_attention_step
+from m1_kernels.lightning_attention.dispatch import (
+    gated_norm,
+    lightning_attention,
+    lightning_attention_qkv,
+    lightning_attention_step,
+)
 from m1_kernels.lightning_attention.slopes import lightning_slopes
 
 __all__ = [
     "AllGather",
+    "gated_norm",
     "lightning_attention",
     "lightning_attention_context",
+    "lightning_attention_qkv",
     "lightning_attention_step",
     "lightning_slopes",
 ]

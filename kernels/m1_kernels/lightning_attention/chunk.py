@@ -17,10 +17,12 @@ segments of a sequence, then the walk. Sums run in float32; results do not depen
 Shapes: T tokens, N sequences, M segments, H heads, D key dims, E value dims.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -186,11 +188,13 @@ def _walk(
     is_transposed: bool = False,
     backwards: bool = False,
     keep_state: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Outputs [T, H, E] (where q is given) and the states at the segments' ends (where kept)."""
     num_tokens, num_heads, head_dim = k.shape
     width, num_segments = v.shape[-1], bounds.shape[0]
-    out = None if q is None else q.new_empty(num_tokens, num_heads, width)
+    if q is not None and out is None:
+        out = q.new_empty(num_tokens, num_heads, width)
     shape = (num_segments, num_heads, *((width, head_dim) if is_transposed else (head_dim, width)))
     end = torch.empty(shape, dtype=torch.float32, device=k.device) if keep_state else None
     slice_width = min(_SLICE, width)
@@ -202,7 +206,7 @@ def _walk(
         *source.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
         NUM_HEADS=num_heads, D=head_dim, E=width, C=CHUNK, BE=slice_width, BACKWARDS=backwards,
         HAS_STATE=state is not None, IS_TRANSPOSED=is_transposed, KEEP_STATE=keep_state,
-        WITH_OUTPUT=q is not None, PRECISION="ieee" if k.dtype == torch.float32 else "tf32",
+        WITH_OUTPUT=q is not None, PRECISION="tf32x3" if k.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=3 if k.dtype != torch.float32 else 1,
     )  # fmt: skip
     return out, end
@@ -246,45 +250,117 @@ class LightningAttentionFunction(torch.autograd.Function):
         with_final_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        segments = cut(cu_seqlens, q.shape[0], q.shape[1], v.shape[-1] // min(_SLICE, v.shape[-1]))
-        state, final = initial_state, None
-        if segments.is_cut:
-            _, local = _walk(None, k, v, slopes, segments.bounds, keep_state=True)
-            assert local is not None
-            state, final = _scan(local, initial_state, slopes, segments)
-        keep = with_final_state and not segments.is_cut
-        out, end = _walk(q, k, v, slopes, segments.bounds, state=state, keep_state=keep)
-        assert out is not None
+        out, final, state, segments = _attend(
+            q, k, v, slopes, cu_seqlens, initial_state, with_final_state
+        )
         ctx.save_for_backward(q, k, v, slopes, state)
         ctx.segments, ctx.has_initial = segments, initial_state is not None
-        return out, (final if segments.is_cut else end) if with_final_state else None
+        return out, final
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
         q, k, v, slopes, state = ctx.saved_tensors
-        segments: Segments = ctx.segments
+        into = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         d_out, d_final = grads
-        assert d_out is not None
-        d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
-        dq, _ = _walk(d_out, v, k, slopes, segments.bounds, state=state, is_transposed=True)
-        adjoint, d_initial = d_final, None
-        if adjoint is not None:
-            adjoint = adjoint.contiguous()
-        if segments.is_cut:
-            _, local = _walk(
-                None, q, d_out, slopes, segments.bounds, backwards=True, keep_state=True
-            )
-            assert local is not None
-            adjoint, d_initial = _scan(local, adjoint, slopes, segments, backwards=True)
-        keep = ctx.has_initial and not segments.is_cut
-        dv, end = _walk(
-            k, q, d_out, slopes, segments.bounds, state=adjoint, backwards=True, keep_state=keep
-        )
-        dk, _ = _walk(
-            v, d_out, q, slopes, segments.bounds, state=adjoint, is_transposed=True, backwards=True
-        )
-        d_initial = (d_initial if segments.is_cut else end) if ctx.has_initial else None
-        return dq, dk, dv, None, None, d_initial, None
+        d_initial = _gradients(
+            q, k, v, slopes, ctx.segments, state, d_out, d_final, into,
+            with_initial=ctx.has_initial,
+        )  # fmt: skip
+        return *into, None, None, d_initial, None
+
+
+class LightningQkvFunction(torch.autograd.Function):
+    """The same on SiLU of a fused projection [T, H, 3, D], which is kept instead of q, k and v."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, qkv: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        q, k, v = F.silu(qkv).unbind(2)
+        out, _, state, segments = _attend(q, k, v, slopes, cu_seqlens, None, False)
+        ctx.save_for_backward(qkv, slopes, state)
+        ctx.segments = segments
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: D102
+        qkv, slopes, state = ctx.saved_tensors
+        q, k, v = F.silu(qkv).unbind(2)
+        d_active = torch.empty_like(qkv)
+        _gradients(
+            q, k, v, slopes, ctx.segments, state, grads[0], None, d_active.unbind(2),
+            with_initial=False,
+        )  # fmt: skip
+        return torch.ops.aten.silu_backward(d_active, qkv), None, None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    with_final_state: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, Segments]:
+    """Outputs, final states, the states that enter the segments, and the segments."""
+    segments = cut(cu_seqlens, q.shape[0], q.shape[1], v.shape[-1] // min(_SLICE, v.shape[-1]))
+    state, final = initial_state, None
+    if segments.is_cut:
+        _, local = _walk(None, k, v, slopes, segments.bounds, keep_state=True)
+        assert local is not None
+        state, final = _scan(local, initial_state, slopes, segments)
+    keep = with_final_state and not segments.is_cut
+    out, end = _walk(q, k, v, slopes, segments.bounds, state=state, keep_state=keep)
+    assert out is not None
+    return out, (final if segments.is_cut else end) if with_final_state else None, state, segments
+
+
+def _gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    segments: Segments,
+    state: torch.Tensor | None,
+    d_out: torch.Tensor | None,
+    d_final: torch.Tensor | None,
+    into: Sequence[torch.Tensor],
+    *,
+    with_initial: bool,
+) -> torch.Tensor | None:
+    """Write dq, dk and dv; returns the gradient of the initial state."""
+    assert d_out is not None
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    bounds = segments.bounds
+    dq, dk, dv = into
+    _walk(d_out, v, k, slopes, bounds, state=state, is_transposed=True, out=dq)
+    adjoint, d_initial = None if d_final is None else d_final.contiguous(), None
+    if segments.is_cut:
+        _, local = _walk(None, q, d_out, slopes, bounds, backwards=True, keep_state=True)
+        assert local is not None
+        adjoint, d_initial = _scan(local, adjoint, slopes, segments, backwards=True)
+    keep = with_initial and not segments.is_cut
+    _, end = _walk(
+        k, q, d_out, slopes, bounds, state=adjoint, backwards=True, keep_state=keep, out=dv
+    )
+    _walk(v, d_out, q, slopes, bounds, state=adjoint, is_transposed=True, backwards=True, out=dk)
+    if not with_initial:
+        return None
+    return d_initial if segments.is_cut else end
+
+
+def lightning_attention_qkv_triton(
+    qkv: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Lightning attention of q, k, v = SiLU(qkv): outputs [T, H, D].
+
+    Args:
+        qkv: [T, H, 3, D], contiguous.
+        slopes: float32 [H].
+        cu_seqlens: int [N + 1].
+    """
+    return LightningQkvFunction.apply(qkv, slopes, cu_seqlens)  # type: ignore[no-any-return]
 
 
 def lightning_attention_triton(

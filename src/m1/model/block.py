@@ -97,7 +97,9 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
     ) -> torch.Tensor:
         config: HybridConfig = self.config
         residual = normed if config.is_post_norm else unnormed
-        return residual * config.residual_alpha + branch * config.residual_beta
+        if config.residual_beta != 1:
+            branch = branch * config.residual_beta
+        return torch.add(branch, residual, alpha=config.residual_alpha)
 
 
 def recomputed(module: Any, function: Any, *args: Any) -> torch.Tensor:

@@ -48,12 +48,10 @@ def transformer_config(
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
         use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
         add_qkv_bias=model.qkv_bias,
         recompute=parallel.recompute,
         tensor_model_parallel_size=parallel.tensor,
@@ -62,6 +60,7 @@ def transformer_config(
         expert_tensor_parallel_size=parallel.expert_tensor_size,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.tensor > 1,
+        gradient_accumulation_fusion=False,
         variable_seq_lengths=parallel.pipeline > 1,
         **_pipeline(model, parallel),
         **_precision(model, parallel),
@@ -79,15 +78,22 @@ def _pipeline(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _precision(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    plain = {"bias_activation_fusion": False}
     if model.precision == "fp32":
-        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32, **plain}
     settings: dict[str, Any] = {
+        **plain,
         "bf16": True,
         "params_dtype": torch.bfloat16,
         "pipeline_dtype": torch.bfloat16,
     }
-    if uses_transformer_engine(model) and parallel.recompute == "selective":
-        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    if uses_transformer_engine(model):
+        settings |= {
+            "moe_permute_fusion": True,
+            "bias_activation_fusion": True,
+        }
+        if parallel.recompute == "selective":
+            settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
     if model.precision == "fp8":
         ends = model.fp8_bf16_ends
         settings |= {

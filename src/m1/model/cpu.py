@@ -161,10 +161,8 @@ def _patch_moe() -> None:
         return value.numpy() if isinstance(value, torch.Tensor) and as_numpy else value
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = (
-            None  # RouterGatingLinearFunction reads it without TE: NameError
-        )
+    # RouterGatingLinearFunction reads it without TE (NameError), and with TE needs a GPU.
+    moe_utils.te_general_gemm = None
 
 
 def _patch_optimizer() -> None:

@@ -35,7 +35,9 @@ class FloatHead(ColumnParallelLinear):  # type: ignore[misc]
             else:
                 whole = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
             used = self.weight if given is None else given
-            return _SplitLinear.apply(whole, used), None  # type: ignore[no-untyped-call]
+            rows = whole.flatten(0, 1)
+            logits = _SplitLinear.apply(rows, used)  # type: ignore[no-untyped-call]
+            return logits.view(*whole.shape[:2], -1), None
         return super().forward(input_.float(), given, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -47,7 +49,7 @@ class FloatHead(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class _SplitLinear(torch.autograd.Function):
-    """x w^T in float32 by BF16 tensor cores: x [T, 1, h] bfloat16, w [V, h] float32.
+    """x w^T in float32 by BF16 tensor cores: x [T, h] bfloat16, w [V, h] float32.
 
     A float32 number is the sum of three BF16 ones, and the tensor cores add up in float32, so the
     logits are those of a float32 product, at three times the cost of a BF16 one rather than
@@ -62,19 +64,19 @@ class _SplitLinear(torch.autograd.Function):
             parts.append(rest.to(torch.bfloat16))
             rest = rest - parts[-1].float()
         split = torch.cat(parts, dim=1)
-        rows = x.flatten(0, 1).repeat(1, 3)
+        rows = x.repeat(1, 3)
         logits: torch.Tensor = torch.mm(rows, split.t(), out_dtype=torch.float32)
-        return logits.view(*x.shape[:2], w.shape[0])
+        return logits
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, w = ctx.saved_tensors
-        grad = grads[0].flatten(0, 1)
+        grad = grads[0]
         allowed = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True
         try:
-            dx = torch.mm(grad, w).to(x.dtype).view_as(x)
-            dw = torch.mm(grad.t(), x.flatten(0, 1).float())
+            dx = torch.mm(grad, w).to(x.dtype)
+            dw = torch.mm(grad.t(), x.float())
         finally:
             torch.backends.cuda.matmul.allow_tf32 = allowed
         return dx, dw

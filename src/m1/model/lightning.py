@@ -19,8 +19,10 @@ from megatron.core.transformer.utils import (
 from m1.model.block import HybridConfig, recomputed
 from m1.model.packing import LayerState, SequencePacking
 from m1_kernels.lightning_attention import (
+    gated_norm,
     lightning_attention,
     lightning_attention_context,
+    lightning_attention_qkv,
     lightning_attention_step,
     lightning_slopes,
 )
@@ -122,8 +124,7 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
             Output shaped as the input, and no bias.
         """
         qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = F.silu(qkv).view(-1, self.num_heads, 3, self.head_dim).unbind(2)
-        out = self._attend(q, k, v, packed_seq_params)
+        out = self._attend(qkv.view(-1, self.num_heads, 3, self.head_dim), packed_seq_params)
         gate, _ = self.output_gate(hidden_states)
         if self.config.recompute == "selective" and torch.is_grad_enabled():
             out = recomputed(self, self._gated_norm, out, gate)
@@ -131,11 +132,12 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
             out = self._gated_norm(out, gate)
         return self.out_proj(out)  # type: ignore[no-any-return]
 
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: SequencePacking
-    ) -> torch.Tensor:
-        if self._slopes.device != q.device:
-            self._slopes = self._slopes.to(q.device)
+    def _attend(self, qkv: torch.Tensor, packing: SequencePacking) -> torch.Tensor:
+        if self._slopes.device != qkv.device:
+            self._slopes = self._slopes.to(qkv.device)
+        if packing.states is None and packing.chunks is None:
+            return lightning_attention_qkv(qkv, self._slopes, packing.cu_seqlens_q)
+        q, k, v = F.silu(qkv).unbind(2)
         if packing.is_decode:
             assert packing.states is not None
             state = packing.states[self.layer_number].recurrent
@@ -144,28 +146,22 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
         if packing.chunks is not None:
             return lightning_attention_context(q, k, v, self._slopes, packing.chunks, self.cp_group)
         out, final = lightning_attention(
-            q,
-            k,
-            v,
-            self._slopes,
-            packing.cu_seqlens_q,
-            output_final_state=packing.states is not None,
+            q, k, v, self._slopes, packing.cu_seqlens_q, output_final_state=True
         )
-        if packing.states is not None:
-            packing.states[self.layer_number] = LayerState(recurrent=final)
+        assert packing.states is not None
+        packing.states[self.layer_number] = LayerState(recurrent=final)
         return out
 
     def _gated_norm(self, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(gate) * self._norm(out.flatten(1)).unsqueeze(1)
-
-    def _norm(self, x: torch.Tensor) -> torch.Tensor:
+        x, gate = out.flatten(1), gate.flatten(1)
         eps = self.config.lightning_norm_epsilon
         if self.tp_group.size() == 1:
-            return F.rms_norm(x, x.shape[-1:], self.norm_weight, eps)
+            return gated_norm(x, gate, self.norm_weight, eps).unsqueeze(1)
         square_sum = x.float().square().sum(-1, keepdim=True)
         total = _SumOverRanks.apply(square_sum, self.tp_group)  # type: ignore[no-untyped-call]
         mean = total / (x.shape[-1] * self.tp_group.size())
-        return (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * self.norm_weight
+        normed = (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * self.norm_weight
+        return (torch.sigmoid(gate) * normed).unsqueeze(1)
 
     def sharded_state_dict(
         self,

@@ -50,6 +50,16 @@ def cross_entropy(
     return loss, {"loss": loss.detach()}
 
 
+def _accumulate_in_products(module: torch.nn.Module) -> None:
+    """Let Transformer Engine's products add weight gradients to the FP32 buffer themselves.
+
+    megatron's own switch for this also asks its plain layers, which need Apex for it.
+    """
+    for part in module.modules():
+        if hasattr(part, "fuse_wgrad_accumulation"):
+            part.fuse_wgrad_accumulation = True
+
+
 class Trainer:
     """A model under megatron-core's DDP and optimizer. Requires `m1.model.parallel.initialize`."""
 
@@ -74,6 +84,7 @@ class Trainer:
             ),
             module,
         )
+        _accumulate_in_products(module)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
