@@ -174,12 +174,33 @@ def load_weights(folder: Path, model: MegatronModule) -> None:
 def _read(folder: Path, full: dict[str, Any]) -> dict[str, Any]:
     try:
         with _quiet(), single_threaded():
-            return dist_checkpointing.load(full, str(folder))  # type: ignore[no-any-return]
+            absent = _drop_absent_scales(full["model"], folder)
+            loaded: dict[str, Any] = dist_checkpointing.load(full, str(folder))
+            loaded["model"] |= {key: torch.empty(0, dtype=torch.uint8) for key in absent}
+            return loaded
     except CheckpointingException as error:
         raise M1Error(
             f"checkpoint {folder} does not fit this [model]: {error}. Use the [model] table that "
             "made it, or start the stage anew in another storage.root"
         ) from error
+
+
+def _drop_absent_scales(model: dict[str, Any], folder: Path) -> list[str]:
+    """Take FP8 scaling state that the checkpoint lacks out of what is asked for; returns its keys.
+
+    Transformer Engine's modules ask for it; megatron's own, which may have written the checkpoint,
+    have none. It then starts afresh.
+    """
+    asked = [key for key in model if key.endswith("_extra_state")]
+    if not asked:
+        return []
+    present = {
+        value.key for value in dist_checkpointing.load_sharded_metadata(str(folder)).values()
+    }
+    absent = [key for key in asked if getattr(model[key], "key", None) not in present]
+    for key in absent:
+        del model[key]
+    return absent
 
 
 def verify(folder: Path) -> None:

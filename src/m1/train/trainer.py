@@ -57,7 +57,7 @@ def _accumulate_in_products(module: torch.nn.Module) -> None:
     """
     for part in module.modules():
         if hasattr(part, "fuse_wgrad_accumulation"):
-            part.fuse_wgrad_accumulation = True
+            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 class Trainer:
