@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from m1.model.cpu import single_threaded
@@ -194,10 +195,8 @@ def _drop_absent_scales(model: dict[str, Any], folder: Path) -> list[str]:
     asked = [key for key in model if key.endswith("_extra_state")]
     if not asked:
         return []
-    present = {
-        value.key for value in dist_checkpointing.load_sharded_metadata(str(folder)).values()
-    }
-    absent = [key for key in asked if getattr(model[key], "key", None) not in present]
+    present = FileSystemReader(folder).read_metadata().state_dict_metadata
+    absent = [key for key in asked if getattr(model[key], "unique_key", None) not in present]
     for key in absent:
         del model[key]
     return absent
