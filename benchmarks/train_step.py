@@ -8,6 +8,7 @@ GPU's dense BF16 peak, for both precisions. Both models pass through the same tr
 """
 
 import argparse
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def micro_batches(length: int, micro_tokens: int) -> list[MicroBatch]:
 
 
 def measure(name: str, length: int, precision: str, options: argparse.Namespace) -> dict[str, Any]:
+    gc.collect()  # the model before is held by cycles
+    torch.cuda.empty_cache()
     model = MODELS[name].model_copy(
         update={"precision": precision, "fp8_recipe": options.fp8_recipe}
     )
@@ -141,7 +144,6 @@ def main() -> None:
                 except torch.cuda.OutOfMemoryError as error:
                     found = {"model": name, "length": length, "precision": precision}
                     found["error"] = str(error).partition(".")[0]
-                torch.cuda.empty_cache()
                 results.append(found)
                 print({k: v for k, v in found.items() if k != "profile"}, flush=True)
                 for row in found.get("profile", [])[:14]:

@@ -63,8 +63,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         variable_seq_lengths=parallel.pipeline > 1,
         **_pipeline(model, parallel),
-        **_precision(model, parallel),
-        **moe,
+        **(moe | _precision(model, parallel)),
     )
 
 
@@ -90,6 +89,7 @@ def _precision(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     if uses_transformer_engine(model):
         settings |= {
             "moe_permute_fusion": True,
+            **({"moe_token_dispatcher_type": "allgather"} if _stays_here(parallel) else {}),
             "bias_activation_fusion": True,
         }
         if parallel.recompute == "selective":
@@ -146,4 +146,21 @@ def build_model(
     )
     if is_last:
         keep_float(built.output_layer)
+        _put_first(built, "output_layer")
     return built.cuda() if torch.cuda.is_available() else built
+
+
+def _put_first(model: torch.nn.Module, name: str) -> None:
+    """Make a child the first, so that its parameters come first.
+
+    In a group of parameters of two types megatron's distributed optimizer puts the float32 ones
+    first, but looks them up in the order of the model.
+    """
+    children = dict(model._modules)
+    model._modules.clear()
+    model._modules.update({name: children.pop(name), **children})
+
+
+def _stays_here(parallel: ParallelConfig) -> bool:
+    """Whether tokens reach all experts without leaving their GPU."""
+    return parallel.expert == 1 and parallel.tensor == 1

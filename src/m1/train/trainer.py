@@ -16,8 +16,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
@@ -48,6 +48,16 @@ def cross_entropy(
     """Weighted negative log-likelihood of the targets, in nats."""
     loss = -(batch.weights * logprobs).sum()
     return loss, {"loss": loss.detach()}
+
+
+def _check_order(optimizer: MegatronOptimizer) -> None:
+    """Raise if megatron would look up a parameter's main weight under another's place."""
+    for part in optimizer.chained_optimizers:
+        for parameter, (group, place) in part.model_param_group_index_map.items():
+            found = part.optimizer.param_groups[group]["params"][place].numel()
+            here = part._get_model_param_range_map(parameter)["param"]
+            if found != here.end - here.start:
+                raise RuntimeError("megatron-core orders parameters of mixed types another way")
 
 
 def _accumulate_in_products(module: torch.nn.Module) -> None:
@@ -101,6 +111,7 @@ class Trainer:
             ),
             [self.module],
         )
+        _check_order(self.optimizer)
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self.module.no_sync
         self._forward_backward = get_forward_backward_func()
