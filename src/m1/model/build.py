@@ -35,6 +35,7 @@ def transformer_config(
         moe = {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
+            "moe_router_pre_softmax": model.moe.top_k == 1,  # refused otherwise
             "ffn_hidden_size": model.moe.ffn_hidden_size,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": model.moe.shared_ffn_hidden_size or None,
@@ -54,10 +55,11 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         lightning_norm_epsilon=model.lightning_norm_epsilon,
-        residual_alpha=model.residual_alpha,
-        residual_beta=model.beta,
+        slope_depth_epsilon=model.slope_depth_epsilon,
+        residual=model.residual_scales,
         is_post_norm=model.norm == "post",
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=False,
@@ -141,7 +143,8 @@ def build_model(
         vocab_size=vocab_size,
         max_sequence_length=model.max_position,
         position_embedding_type="rope",
-        rotary_percent=model.rotary_dim / model.head_dim,
+        # megatron truncates head_dim * percent: half a dimension keeps 30 of 44 from becoming 29
+        rotary_percent=(model.rotary_dim + 0.5) / model.head_dim,
         rotary_base=model.rope_theta,
         share_embeddings_and_output_weights=model.tie_embeddings,
         fp16_lm_cross_entropy=False,

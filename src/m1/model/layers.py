@@ -5,7 +5,7 @@ Shapes: T packed tokens, H heads of this rank, KV key-value heads of this rank, 
 Hidden states are [T, 1, hidden], megatron's [sequence, batch, hidden] with batch 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 
+from m1.config.schema import BranchScales, ResidualConfig
 from m1.model.packing import LayerState, SequencePacking
 from m1_kernels.lightning_attention import (
     lightning_attention,
@@ -33,14 +34,14 @@ from m1_kernels.lightning_attention import (
 class HybridConfig(TransformerConfig):  # type: ignore[misc]
     """megatron's configuration with the hybrid model's own numbers."""
 
-    residual_alpha: float = 1.0
-    """Scale of the residual."""
-    residual_beta: float = 1.0
-    """Scale of each branch."""
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    """Scales of the residual and of each kind of branch."""
     is_post_norm: bool = True
     """Whether the normalised input is the residual."""
     lightning_norm_epsilon: float = 1e-6
     """RMSNorm epsilon inside lightning attention."""
+    slope_depth_epsilon: float = 0.0
+    """Added to the L - 1 that lightning slopes divide by."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -136,7 +137,10 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
         )
         self.norm_weight.tensor_model_parallel = num_ranks > 1  # type: ignore[attr-defined]
         slopes = lightning_slopes(
-            config.num_attention_heads, layer_index=layer_number - 1, num_layers=config.num_layers
+            config.num_attention_heads,
+            layer_index=layer_number - 1,
+            num_layers=config.num_layers,
+            depth_epsilon=config.slope_depth_epsilon,
         )
         local = slopes[rank * self.num_heads : (rank + 1) * self.num_heads]
         self.register_buffer("slopes", local, persistent=False)
@@ -351,6 +355,8 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Apply the block to [T, 1, hidden]."""
+        scales: ResidualConfig = self.config.residual
+        is_lightning = isinstance(self.self_attention, LightningAttention)
         normed = self.input_layernorm(hidden_states)
         branch, _ = self.self_attention(
             normed,
@@ -358,14 +364,18 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        hidden_states = self._add(normed, hidden_states, branch)
+        attention_scales = scales.lightning if is_lightning else scales.softmax
+        hidden_states = self._add(normed, hidden_states, branch, attention_scales)
         normed = self.pre_mlp_layernorm(hidden_states)
         branch, _ = self.mlp(normed)
-        return self._add(normed, hidden_states, branch), None
+        return self._add(normed, hidden_states, branch, scales.mlp), None
 
     def _add(
-        self, normed: torch.Tensor, unnormed: torch.Tensor, branch: torch.Tensor
+        self,
+        normed: torch.Tensor,
+        unnormed: torch.Tensor,
+        branch: torch.Tensor,
+        scales: BranchScales,
     ) -> torch.Tensor:
-        config: HybridConfig = self.config
-        residual = normed if config.is_post_norm else unnormed
-        return residual * config.residual_alpha + branch * config.residual_beta
+        residual = normed if self.config.is_post_norm else unnormed
+        return residual * scales.alpha + branch * scales.beta
