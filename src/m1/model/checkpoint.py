@@ -68,11 +68,16 @@ def sharded_weights(model: MegatronModule) -> dict[str, Any]:
     return model.sharded_state_dict(metadata=_METADATA)  # type: ignore[no-any-return]
 
 
-def _write(folder: Path, full: dict[str, Any]) -> str:
+def require_absent(folder: Path) -> None:
+    """Raise if there is something where a checkpoint is to be written."""
     if folder.exists():
         raise M1Error(
             f"{folder} exists already; a checkpoint is never overwritten. Delete it first"
         )
+
+
+def _write(folder: Path, full: dict[str, Any]) -> str:
+    require_absent(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     is_writer = dist.get_rank() == 0
     if is_writer:

@@ -18,7 +18,6 @@ import torch
 
 from m1.config.schema import ModelConfig
 from m1.model import checkpoint
-from m1.model.checkpoint_stream import WeightReader, skeleton, stored_vocab_size, write_weights
 from m1.model.hf import writing
 from m1.model.hf.export import require_representable, write_config
 from m1.model.hf.folders import (
@@ -32,6 +31,9 @@ from m1.model.hf.layouts import Layout, hf_views, tensor_shapes, views_of
 from m1.model.hf.reading import read_into, require_loadable, torch_dtypes
 from m1.model.journal import Bytes
 from m1.model.parallel import initialize
+from m1.model.weight_parts import skeleton
+from m1.model.weight_reader import WeightReader, stored_vocab_size
+from m1.model.weight_writer import write_weights
 from m1.storage import atomic_write
 from m1.types import M1Error
 
@@ -49,6 +51,7 @@ def from_hf(
     Raises:
         M1Error: The source does not fit its configuration, or the target holds something else.
     """
+    checkpoint.require_absent(target / "checkpoint")
     folder = open_folder(source)
     require_loadable(folder.places.values())
     config = folder.config.model
@@ -124,10 +127,10 @@ def to_hf(
     else:
         dtype = str(_torch_dtype(items[0].dtype)).removeprefix("torch.")
         written = write_config(config, layout, dtype=dtype)
-    write_beside(target, written, companions or (beside if beside.exists() else None))
     digest = hashlib.sha256((source / checkpoint.MARKER).read_bytes()).hexdigest()
     origin = f"{digest} {layout}"
     writing.write_weights(target, items, max_bytes=max_shard_bytes, origin=origin)
+    write_beside(target, written, companions or (beside if beside.exists() else None))
     return layout
 
 

@@ -17,6 +17,8 @@ from m1.types import M1Error
 MODEL_TYPES: dict[str, Layout] = {
     "minimax_text_01": "published",
     "minimax_m1": "published",
+    "MiniMaxText01": "published",  # what the published code writes
+    "MiniMaxM1": "published",
     "minimax": "minimax",
     "llama": "llama",
     "qwen2": "qwen2",
@@ -24,9 +26,9 @@ MODEL_TYPES: dict[str, Layout] = {
 LIGHTNING_NORM_EPSILON = 1e-6
 """Fixed in the published code and in transformers."""
 _TRANSFORMERS_SLOPE_EPSILON = 1e-5
-_ROPE_THETA: dict[Layout, float] = {"minimax": 1e6}
+_ROPE_THETA: dict[Layout, float] = {"published": 1e6, "minimax": 1e6}
 _NORM_EPSILON: dict[Layout, float] = {"llama": 1e-6, "qwen2": 1e-6}
-"""Defaults of transformers' classes where they are not 1e4 and 1e-5."""
+"""Defaults of their classes where they are not 1e4 and 1e-5."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def _common_fields(reader: _Reader, layout: Layout) -> dict[str, Any]:
     hidden, heads = reader.need("hidden_size"), reader.need("num_attention_heads")
     reader.refuse("hidden_act", "only silu exists", unless="silu")
     reader.refuse("attention_dropout", "there is no dropout", unless=0)
-    reader.refuse("quantization_config", "only plain weights can be converted", unless=None)
+    quantization = reader.get("quantization_config", {})
+    if quantization.get("quant_method", "gguf") != "gguf":  # read from GGUF, it is saved plain
+        reader.refuse("quantization_config", "only plain weights can be converted", unless=None)
     return {
         "num_layers": reader.need("num_hidden_layers"),
         "hidden_size": hidden,
@@ -171,7 +175,7 @@ def _published_fields(reader: _Reader) -> dict[str, Any]:
         )
     norm = "post" if reader.get("postnorm", False) else "pre"
     fields: dict[str, Any] = {"norm": norm, "kinds": kinds}
-    if "rotary_dim" in reader.raw:
+    if reader.raw.get("rotary_dim") is not None:
         fields["rotary_dim"] = reader.raw["rotary_dim"]
     return {**fields, **_moe_fields(reader), **_residual_fields(reader, names, kinds)}
 

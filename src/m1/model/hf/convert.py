@@ -88,13 +88,13 @@ def rewrite(
     """
     folder = open_folder(source)
     require_representable(folder.config.model, layout)
-    write_beside(target, converted_config(folder.config, layout), companions or source)
     items = [
         Item(name, place.dtype, place.shape, place.num_bytes, partial(chunks, place))
         for name, place in folder.places.items()
     ]
     origin = f"{folder.identity} {layout}"
     write_weights(target, items, max_bytes=max_shard_bytes, origin=origin)
+    write_beside(target, converted_config(folder.config, layout), companions or source)
 
 
 def _checkpoint_in(source: Path) -> Path | None:

@@ -24,6 +24,8 @@ _COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
+_CODE = ("configuration_*.py", "modeling_*.py")
+"""What `auto_map` in a published config.json refers to."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def converted_config(config: HfConfig, layout: Layout) -> dict[str, Any]:
 def write_beside(folder: Path, config: Mapping[str, Any], companions: Path | None) -> None:
     """Write config.json and copy the tokenizer, its templates and the generation defaults.
 
+    The code that a config.json refers to is copied with it.
+
     Args:
         folder: Is created.
         config: Content of config.json.
@@ -82,8 +86,9 @@ def write_beside(folder: Path, config: Mapping[str, Any], companions: Path | Non
     """
     text = json.dumps(config, indent=2) + "\n"
     atomic_write(folder / CONFIG, text.encode())
-    for pattern in _COMPANIONS if companions else ():
-        assert companions is not None
+    if companions is None:
+        return
+    for pattern in (*_COMPANIONS, *(_CODE if "auto_map" in config else ())):
         for path in companions.glob(pattern):
             if path.is_file() and path.resolve() != (folder / path.name).resolve():
                 with disk_errors(folder):

@@ -50,19 +50,18 @@ class HfModel(torch.nn.Module):
             tokens: int64 [B, T], rows of full length.
 
         Returns:
-            float32 [B, T, V].
+            float32 [B, T, V], on the device of `tokens`.
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise M1Error(
                 f"tokens has shape {list(tokens.shape)}, but [B, T] is needed; reshape it"
             )
-        tokens = tokens.to(next(self.parameters()).device)
         num_rows, length = tokens.shape
-        packing = pack(torch.full((num_rows,), length, device=tokens.device))
-        logits = self.gpt(
-            tokens.reshape(1, -1), packing.positions[None], None, packed_seq_params=packing
-        )
-        return logits.view(num_rows, length, -1).float()  # type: ignore[no-any-return]
+        device = next(self.parameters()).device
+        packing = pack(torch.full((num_rows,), length, device=device))
+        packed = tokens.to(device).reshape(1, -1)
+        logits = self.gpt(packed, packing.positions[None], None, packed_seq_params=packing)
+        return logits.view(num_rows, length, -1).to(tokens.device, torch.float32)  # type: ignore[no-any-return]
 
 
 def load_hf(path: Path | str) -> HfModel:
@@ -144,9 +143,8 @@ def save_hf(
         written = converted_config(source.config, layout) | dict(token_ids or {})
     else:
         written = write_config(config, layout, token_ids=token_ids)
-    folder = Path(path)
-    write_beside(folder, written, source.folder if source else None)
-    write_weights(folder, items, max_bytes=max_shard_bytes)
+    write_weights(Path(path), items, max_bytes=max_shard_bytes)
+    write_beside(Path(path), written, source.folder if source else None)
 
 
 def export_hf(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
 _SKIPPED = re.compile(r".*\.(slope_rate|query_decay|key_decay|diagonal_decay|rotary_emb\.inv_freq)")
 """Buffers that a model computes from its configuration."""
 _FUSED = re.compile(r"(model\.layers\.\d+)\.mlp\.(gate\.weight|experts\.(gate_up|down)_proj)")
@@ -190,15 +190,21 @@ def _require_equal(head: Place, embedding: Place) -> None:
 
 def chunks(place: Place) -> Iterator[bytes]:
     """The bytes of a tensor, in pieces of a bounded size."""
+    for piece in _pieces(place, bytearray(min(place.num_bytes, _CHUNK_BYTES))):
+        yield bytes(piece)
+
+
+def _pieces(place: Place, buffer: bytearray) -> Iterator[memoryview]:
+    """The bytes of a tensor, each piece in the same buffer."""
     left = place.num_bytes
-    with place.path.open("rb") as file:
+    with place.path.open("rb", buffering=0) as file:
         file.seek(place.start)
         while left:
-            chunk = file.read(min(left, _CHUNK_BYTES))
-            if not chunk:
+            piece = memoryview(buffer)[: min(left, len(buffer))]
+            if file.readinto(piece) != len(piece):
                 raise M1Error(f"{place.path} was cut short while it was read; fetch it again")
-            left -= len(chunk)
-            yield chunk
+            left -= len(piece)
+            yield piece
 
 
 def torch_dtypes() -> dict[str, "torch.dtype"]:
@@ -223,8 +229,9 @@ def read_into(target: "torch.Tensor", place: Place) -> None:
             read_into(slab, place.part(index, target.shape[0]))
         return
     flat, done = target.view(-1), 0
-    for chunk in chunks(place):
-        values = torch.frombuffer(bytearray(chunk), dtype=torch_dtypes()[place.dtype])
+    buffer = bytearray(min(place.num_bytes, _CHUNK_BYTES))
+    for piece in _pieces(place, buffer):
+        values = torch.frombuffer(piece, dtype=torch_dtypes()[place.dtype])
         flat[done : done + values.numel()] = values
         done += values.numel()
 

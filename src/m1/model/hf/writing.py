@@ -15,7 +15,7 @@ from typing import Any
 from m1.model.hf.layouts import Shape
 from m1.model.hf.reading import INDEX, SINGLE
 from m1.model.journal import JOURNAL, Bytes, Journal, Sink, write_file
-from m1.storage import atomic_write
+from m1.storage import atomic_write, disk_errors
 
 SHARD_BYTES = 5_000_000_000
 _SHARD_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -101,7 +101,7 @@ def write_weights(
     """Write all tensors below `folder`, in several files with an index or in one.
 
     Args:
-        folder: Exists; other files in it stay.
+        folder: Is created; other files in it stay.
         items: In file order.
         max_bytes: Size at which a new file is begun.
         origin: Identity of what `items` read. With it the conversion can be resumed by an equal
@@ -111,6 +111,8 @@ def write_weights(
         M1Error: The folder holds weights of another origin, or the disk is full.
     """
     shards = plan_shards(items, max_bytes=max_bytes)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if origin is None:
         (folder / INDEX).unlink(missing_ok=True)
         (folder / JOURNAL).unlink(missing_ok=True)
