@@ -37,8 +37,8 @@ class Journal:
         self._files: dict[str, dict[str, Any]] = {}
         path = folder / JOURNAL
         if path.exists():
-            content = json.loads(path.read_bytes())
-            if content["plan"] != plan:
+            content = _read(path)
+            if content.get("plan") != plan:
                 raise M1Error(
                     f"{folder} holds a conversion of another source, layout or shard size; delete "
                     "it, or name another target"
@@ -68,6 +68,14 @@ class Journal:
     def note(self, name: str) -> Any:
         """What the writer of a finished file wanted to remember."""
         return self._files[name]["note"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    return content if isinstance(content, dict) else {}
 
 
 class Sink(io.RawIOBase):

@@ -21,10 +21,11 @@ from m1.model.build import build_model
 
 def skeleton(config: ModelConfig) -> MegatronModule:
     """The model without values. Requires `m1.model.parallel.initialize` and `vocab_size`."""
-    assert config.vocab_size is not None
+    vocab_size = config.vocab_size
+    assert vocab_size is not None
     config = config.model_copy(update={"precision": "fp32"})  # stored alike in any
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return build_model(config, vocab_size=config.vocab_size, seed=1)
+        return build_model(config, vocab_size=vocab_size, seed=1)
 
 
 def chunks_of(place: Any, tensor: torch.Tensor) -> list[ShardedTensor]:

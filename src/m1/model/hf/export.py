@@ -75,7 +75,7 @@ def choose_layout(config: ModelConfig) -> Layout:
     raise M1Error(
         "this [model] has no Hugging Face layout ("
         + ". ".join(reasons)
-        + "). Change [model], or leave out [register]"
+        + "). Change [model]; a run without [register] needs no layout"
     )
 
 
