@@ -125,7 +125,7 @@ def to_hf(
     if known:
         written = converted_config(known, layout)
     else:
-        dtype = str(_torch_dtype(items[0].dtype)).removeprefix("torch.")
+        dtype = str(torch_dtypes()[items[0].dtype]).removeprefix("torch.")
         written = write_config(config, layout, dtype=dtype)
     digest = hashlib.sha256((source / checkpoint.MARKER).read_bytes()).hexdigest()
     origin = f"{digest} {layout}"
@@ -159,10 +159,6 @@ def _items(source: Path, config: ModelConfig) -> Iterator[writing.Item]:
         dtype = reader.dtypes[owner[part]]
         size = view.numel() * dtype.itemsize
         yield writing.Item(part, names[dtype], shapes[part], size, partial(chunks, part))
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return torch_dtypes()[name]
 
 
 def model_toml(config: ModelConfig) -> str:

@@ -54,7 +54,7 @@ class HfModel(torch.nn.Module):
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise M1Error(
-                f"tokens has shape {list(tokens.shape)}, but [B, T] is needed; reshape it"
+                f"tokens has shape {list(tokens.shape)}, but must be [B, T] and not empty; reshape it"
             )
         num_rows, length = tokens.shape
         device = next(self.parameters()).device
@@ -142,7 +142,8 @@ def save_hf(
     if source:
         written = converted_config(source.config, layout) | dict(token_ids or {})
     else:
-        written = write_config(config, layout, token_ids=token_ids)
+        dtype = str(torch_dtypes()[items[0].dtype]).removeprefix("torch.")
+        written = write_config(config, layout, dtype=dtype, token_ids=token_ids)
     write_weights(Path(path), items, max_bytes=max_shard_bytes)
     write_beside(Path(path), written, source.folder if source else None)
 
