@@ -54,7 +54,7 @@ class HfModel(torch.nn.Module):
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise M1Error(
-                f"tokens has shape {list(tokens.shape)}, but must be [B, T] and not empty; reshape it"
+                f"tokens has shape {list(tokens.shape)}, but must be [B, T], not empty; reshape it"
             )
         num_rows, length = tokens.shape
         device = next(self.parameters()).device
