@@ -61,9 +61,8 @@ def test_the_gpu_model_equals_the_cpu_reference(on_cpu, precision):
     error = relative(found, expected["fp32"])
     rounding = relative(expected["bf16"], expected["fp32"])
     each = (found - expected["fp32"]).norm(dim=-1) / expected["fp32"].norm(dim=-1)
-    print(
-        f"{precision}: error {error:.2e}, median over tokens {float(each.median()):.2e}; ", end=""
-    )
+    median = float(each.median())
+    print(f"{precision}: error {error:.2e}, median over tokens {median:.2e}; ", end="")
     print(f"of the CPU model in BF16 arithmetic {rounding:.2e}")
     assert found.dtype == torch.float32
     if precision == "fp32":  # a token whose experts nearly tie may be routed otherwise

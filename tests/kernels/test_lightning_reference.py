@@ -231,6 +231,12 @@ def test_slopes_in_the_middle_follow_the_formula():
     torch.testing.assert_close(slopes, expected, rtol=1e-6, atol=0)
 
 
+def test_slopes_may_divide_by_a_little_more_than_the_last_layers_index():
+    slopes = lightning_slopes(1, layer_index=1, num_layers=2, depth_epsilon=1e-5)
+    expected = torch.tensor([2**-8 * (1 - 1 / (1 + 1e-5) + 1e-5)], dtype=torch.float64)
+    torch.testing.assert_close(slopes.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_a_single_layer_counts_as_the_first():
     alone = lightning_slopes(4, layer_index=0, num_layers=1)
     assert torch.equal(alone, lightning_slopes(4, layer_index=0, num_layers=12))

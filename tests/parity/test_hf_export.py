@@ -10,7 +10,8 @@ import torch
 
 from m1.config.schema import SamplingConfig
 from m1.inference.engine import LocalEngine, Request
-from m1.model.hf import export_hf, require_representable, split_qkv
+from m1.model.hf import export_hf, load_hf, require_representable
+from m1.model.hf.layouts import split_qkv
 from m1.model.packing import pack
 from m1.types import M1Error
 
@@ -151,7 +152,7 @@ def test_fused_query_key_value_rows_are_grouped_by_key_head(config):
     names = [f"q{2 * g + i}" for g in range(2) for i in range(2)]
     order = ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
     fused = torch.arange(8.0).repeat_interleave(config.head_dim)[:, None]
-    q, k, v = split_qkv(fused, config)
+    q, k, v = (part.reshape(-1, 1) for part in split_qkv(fused, config))
     assert q[:: config.head_dim, 0].tolist() == [order.index(name) for name in names]
     assert k[:: config.head_dim, 0].tolist() == [2, 6]
     assert v[:: config.head_dim, 0].tolist() == [3, 7]
@@ -166,11 +167,41 @@ def test_every_reason_against_an_export_is_named(config):
         assert reason in str(raised.value)
 
 
-def test_a_dense_model_is_not_exported_and_nothing_is_written(model, config, tmp_path):
+def test_a_model_without_a_layout_is_not_exported_and_nothing_is_written(model, config, tmp_path):
     dense = config.model_copy(update={"moe": None, "ffn_hidden_size": 8})
-    with pytest.raises(M1Error, match="dense"):
+    with pytest.raises(M1Error, match="as llama: it has no lightning layers"):
         export_hf(model, dense, tmp_path / "hf", eos_token_id=4, pad_token_id=1)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("qkv_bias", "name"), [(False, "LlamaForCausalLM"), (True, "Qwen2ForCausalLM")]
+)
+def test_a_dense_pre_norm_softmax_model_is_exported_as_llama_or_qwen2(
+    make_model, config, tmp_path, qkv_bias, name
+):
+    changes = {"moe": None, "ffn_hidden_size": 40, "norm": "pre", "lightning_per_softmax": 0}
+    changes |= {"alpha": None, "beta": 1.0, "qkv_bias": qkv_bias, "num_layers": 3}
+    model = make_model(config.model_copy(update=changes))
+    export_hf(model, config.model_copy(update=changes), tmp_path, eos_token_id=4, pad_token_id=1)
+    theirs, info = load(tmp_path)
+    assert type(theirs).__name__ == name and not info["missing_keys"]
+    (tokens,) = prompts([20])
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+    # Measured: 3e-6 on logits up to 6.
+    torch.testing.assert_close(our_logits(model, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_partial_rotary_is_exported_in_the_published_layout(make_model, config, tmp_path):
+    config = config.model_copy(update={"rotary_dim": 8})
+    model = make_model(config)
+    export_hf(model, config, tmp_path, eos_token_id=4, pad_token_id=1)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["model_type"], written["rotary_dim"]) == ("minimax_text_01", 8)
+    (tokens,) = prompts([20])
+    with torch.no_grad():
+        assert torch.equal(load_hf(tmp_path)(tokens[None])[0], our_logits(model, tokens))
 
 
 def test_settings_of_absent_layers_do_not_prevent_an_export(config):

@@ -78,7 +78,7 @@ def test_the_lineage_chain_leads_from_the_registered_model_to_the_data(root):
     assert figures == {f"figures/{name}.svg" for name in names}
 
 
-def test_the_exported_model_answers_in_transformers_as_ours_does(root, monkeypatch):
+def test_the_exported_model_answers_in_transformers_as_ours_does(root, process_group, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

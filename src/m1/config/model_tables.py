@@ -1,8 +1,8 @@
 """Tables of the model: the hybrid architecture and its mixture of experts."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from m1.config.base import (
     Config,
@@ -19,8 +19,8 @@ class MoeConfig(Config):
 
     num_experts: PositiveInt
     """Experts per layer."""
-    top_k: Annotated[int, Field(ge=2)] = 2
-    """Experts per token; with one, its renormalised weight is 1 and the router learns nothing."""
+    top_k: PositiveInt = 2
+    """Experts per token, at least 2 unless there is a single expert."""
     ffn_hidden_size: PositiveInt
     """Width of one expert's SwiGLU."""
     shared_ffn_hidden_size: NonNegativeInt = 0
@@ -30,14 +30,39 @@ class MoeConfig(Config):
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Self:
+        texts = []
         if self.top_k > self.num_experts:
-            refuse(
-                [
-                    f"top_k is {self.top_k}, but num_experts is only {self.num_experts}; "
-                    "lower top_k or add experts"
-                ]
+            texts.append(
+                f"top_k is {self.top_k}, but num_experts is only {self.num_experts}; "
+                "lower top_k or add experts"
             )
+        if self.top_k == 1 and self.num_experts > 1:
+            texts.append(
+                f"top_k is 1 of {self.num_experts} experts, but a single choice always weighs 1 "
+                "after renormalisation, so the router would learn nothing; raise top_k to 2"
+            )
+        refuse(texts)
         return self
+
+
+class BranchScales(Config):
+    """Scales of one kind of branch: x <- alpha * residual + beta * branch(x)."""
+
+    alpha: PositiveFloat = 1.0
+    """Residual scale."""
+    beta: PositiveFloat = 1.0
+    """Branch scale."""
+
+
+class ResidualConfig(Config):
+    """Residual scales that differ by kind of branch, as published configurations may have them."""
+
+    softmax: BranchScales = BranchScales()
+    """Softmax attention."""
+    lightning: BranchScales = BranchScales()
+    """Lightning attention."""
+    mlp: BranchScales = BranchScales()
+    """Feed-forward, dense or experts."""
 
 
 class ModelConfig(Config):
@@ -68,10 +93,14 @@ class ModelConfig(Config):
     """Residual scale; absent: (2 * num_layers) ** 0.25 for post-norm, 1 for pre-norm."""
     beta: PositiveFloat = 1.0
     """Branch scale."""
+    residual: ResidualConfig | None = None
+    """Scales by kind of branch, instead of `alpha` and `beta`."""
     norm_epsilon: PositiveFloat = 1e-5
     """RMSNorm epsilon."""
     lightning_norm_epsilon: PositiveFloat = 1e-6
     """RMSNorm epsilon inside lightning attention."""
+    slope_depth_epsilon: NonNegativeFloat = 0.0
+    """Added to the L - 1 that lightning slopes divide by; transformers' `minimax` adds 1e-5."""
     moe: MoeConfig | None = None
     """Experts; absent: a dense SwiGLU of width `ffn_hidden_size`."""
     ffn_hidden_size: PositiveInt | None = None
@@ -112,6 +141,14 @@ class ModelConfig(Config):
             return self.alpha
         return (2 * self.num_layers) ** 0.25 if self.norm == "post" else 1.0
 
+    @property
+    def residual_scales(self) -> ResidualConfig:
+        """Residual and branch scales in force."""
+        if self.residual is not None:
+            return self.residual
+        scales = BranchScales(alpha=self.residual_alpha, beta=self.beta)
+        return ResidualConfig(softmax=scales, lightning=scales, mlp=scales)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         texts = []
@@ -129,6 +166,10 @@ class ModelConfig(Config):
             texts.append(
                 f"layer_pattern has {len(self.layer_pattern)} entries, but num_layers is "
                 f"{self.num_layers}; make them equal"
+            )
+        if self.residual is not None and (self.alpha is not None or self.beta != 1):
+            texts.append(
+                "residual is given beside alpha or beta, but replaces both; remove one or the other"
             )
         if self.moe is None and self.ffn_hidden_size is None:
             texts.append(

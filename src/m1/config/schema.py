@@ -29,8 +29,10 @@ from m1.config.data_tables import (
 )
 from m1.config.layout import layout_mistakes
 from m1.config.model_tables import (
+    BranchScales,
     ModelConfig,
     MoeConfig,
+    ResidualConfig,
 )
 from m1.config.training_tables import (
     DynamicSamplingConfig,
@@ -49,6 +51,7 @@ from m1.config.training_tables import (
 
 __all__ = [
     "BenchmarkConfig",
+    "BranchScales",
     "CleaningConfig",
     "Config",
     "DataConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "Recipe",
     "RegisterConfig",
     "RepetitionStopConfig",
+    "ResidualConfig",
     "RewardConfig",
     "RlConfig",
     "SamplingConfig",

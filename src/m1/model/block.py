@@ -3,15 +3,17 @@
 Hidden states are [T, 1, hidden], megatron's [sequence, batch, hidden] with batch 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
+from m1.config.schema import BranchScales, ResidualConfig
 from m1.model.packing import SequencePacking
 
 
@@ -19,14 +21,14 @@ from m1.model.packing import SequencePacking
 class HybridConfig(TransformerConfig):  # type: ignore[misc]
     """megatron's configuration with the hybrid model's own numbers."""
 
-    residual_alpha: float = 1.0
-    """Scale of the residual."""
-    residual_beta: float = 1.0
-    """Scale of each branch."""
+    residual: ResidualConfig = field(default_factory=ResidualConfig)
+    """Scales of the residual and of each kind of branch."""
     is_post_norm: bool = True
     """Whether the normalised input is the residual."""
     lightning_norm_epsilon: float = 1e-6
     """RMSNorm epsilon inside lightning attention."""
+    slope_depth_epsilon: float = 0.0
+    """Added to the L - 1 that lightning slopes divide by."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations made again in the backward pass; see `m1.config.schema.ParallelConfig`."""
 
@@ -80,6 +82,8 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
         rotary_pos_emb: torch.Tensor | None,
         packed_seq_params: SequencePacking | None,
     ) -> torch.Tensor:
+        scales: ResidualConfig = self.config.residual
+        is_softmax = isinstance(self.self_attention, SelfAttention)
         normed = self.input_layernorm(hidden_states)
         branch, _ = self.self_attention(
             normed,
@@ -87,19 +91,23 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
             rotary_pos_emb=rotary_pos_emb,
             packed_seq_params=packed_seq_params,
         )
-        hidden_states = self._add(normed, hidden_states, branch)
+        attention_scales = scales.softmax if is_softmax else scales.lightning
+        hidden_states = self._add(normed, hidden_states, branch, attention_scales)
         normed = self.pre_mlp_layernorm(hidden_states)
         branch, _ = self.mlp(normed)
-        return self._add(normed, hidden_states, branch)
+        return self._add(normed, hidden_states, branch, scales.mlp)
 
     def _add(
-        self, normed: torch.Tensor, unnormed: torch.Tensor, branch: torch.Tensor
+        self,
+        normed: torch.Tensor,
+        unnormed: torch.Tensor,
+        branch: torch.Tensor,
+        scales: BranchScales,
     ) -> torch.Tensor:
-        config: HybridConfig = self.config
-        residual = normed if config.is_post_norm else unnormed
-        if config.residual_beta != 1:
-            branch = branch * config.residual_beta
-        return torch.add(branch, residual, alpha=config.residual_alpha)
+        residual = normed if self.config.is_post_norm else unnormed
+        if scales.beta != 1:
+            branch = branch * scales.beta
+        return torch.add(branch, residual, alpha=scales.alpha)
 
 
 def recomputed(module: Any, function: Any, *args: Any) -> torch.Tensor:

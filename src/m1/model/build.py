@@ -23,6 +23,7 @@ def transformer_config(
         moe = {
             "num_moe_experts": model.moe.num_experts,
             "moe_router_topk": model.moe.top_k,
+            "moe_router_pre_softmax": model.moe.top_k == 1,  # refused otherwise
             "ffn_hidden_size": model.moe.ffn_hidden_size,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": model.moe.shared_ffn_hidden_size or None,
@@ -42,17 +43,17 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         lightning_norm_epsilon=model.lightning_norm_epsilon,
-        residual_alpha=model.residual_alpha,
-        residual_beta=model.beta,
+        slope_depth_epsilon=model.slope_depth_epsilon,
+        residual=model.residual_scales,
         is_post_norm=model.norm == "post",
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_std,
         use_cpu_initialization=not torch.cuda.is_available(),
-        add_qkv_bias=model.qkv_bias,
         recompute=parallel.recompute,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -129,6 +130,7 @@ def build_model(
     if mistakes:
         raise M1Error("parallel." + "; parallel.".join(mistakes))
     config = transformer_config(model, parallel)
+    _forget_router_metrics()
     torch.manual_seed(seed)
     is_last = parallel_state.is_pipeline_last_stage()
     built = GPTModel(
@@ -139,7 +141,8 @@ def build_model(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=is_last,
         position_embedding_type="rope",
-        rotary_percent=model.rotary_dim / model.head_dim,
+        # megatron truncates head_dim * percent: half a dimension keeps 30 of 44 from becoming 29
+        rotary_percent=(model.rotary_dim + 0.5) / model.head_dim,
         rotary_base=model.rope_theta,
         share_embeddings_and_output_weights=model.tie_embeddings,
         fp16_lm_cross_entropy=False,
@@ -164,3 +167,15 @@ def _put_first(model: torch.nn.Module, name: str) -> None:
 def _stays_here(parallel: ParallelConfig) -> bool:
     """Whether tokens reach all experts without leaving their GPU."""
     return parallel.expert == 1 and parallel.tensor == 1
+
+
+def _forget_router_metrics() -> None:
+    """Drop the process's table of auxiliary losses, which has the depth of the first model."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # before megatron-core 0.17
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()

@@ -116,14 +116,24 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
 
 def save_weights(folder: Path, model: MegatronModule) -> str:
     """Write only the model's weights at `folder`, for `load_weights`; returns the digest."""
-    return _write(folder, {"model": model.sharded_state_dict(metadata=_METADATA)})
+    return _write(folder, {"model": sharded_weights(model)})
 
 
-def _write(folder: Path, full: dict[str, Any]) -> str:
+def sharded_weights(model: MegatronModule) -> dict[str, Any]:
+    """Every parameter's place in the global model, by name, as a checkpoint of weights has it."""
+    return model.sharded_state_dict(metadata=_METADATA)  # type: ignore[no-any-return]
+
+
+def require_absent(folder: Path) -> None:
+    """Raise if there is something where a checkpoint is to be written."""
     if folder.exists():
         raise M1Error(
             f"{folder} exists already; a checkpoint is never overwritten. Delete it first"
         )
+
+
+def _write(folder: Path, full: dict[str, Any]) -> str:
+    require_absent(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     is_writer = dist.get_rank() == 0
     if is_writer:
@@ -141,7 +151,7 @@ def _write(folder: Path, full: dict[str, Any]) -> str:
     digest = ""
     if is_writer:
         with disk_errors(folder.parent):
-            digest = _complete(partial, folder)
+            digest = complete(partial, folder)
     dist.barrier()
     return digest
 
@@ -168,7 +178,7 @@ def load_weights(folder: Path, model: MegatronModule) -> None:
         M1Error: A file is missing or its content changed since it was written.
     """
     verify(folder)
-    loaded = _read(folder, {"model": model.sharded_state_dict(metadata=_METADATA)})
+    loaded = _read(folder, {"model": sharded_weights(model)})
     model.load_state_dict(loaded["model"])
 
 
@@ -251,7 +261,12 @@ def prune(parent: Path, *, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _complete(partial: Path, folder: Path) -> str:
+def complete(partial: Path, folder: Path) -> str:
+    """Note the digest of every file of a written checkpoint and give it its name.
+
+    Returns:
+        The checkpoint's digest, sha256 over its manifest.
+    """
     files = {
         str(path.relative_to(partial)): _sha256(path)
         for path in sorted(partial.rglob("*"))

@@ -99,7 +99,10 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
         )
         self.norm_weight.tensor_model_parallel = num_ranks > 1  # type: ignore[attr-defined]
         slopes = lightning_slopes(
-            config.num_attention_heads, layer_index=layer_number - 1, num_layers=config.num_layers
+            config.num_attention_heads,
+            layer_index=layer_number - 1,
+            num_layers=config.num_layers,
+            depth_epsilon=config.slope_depth_epsilon,
         )
         # No buffer: a cast of the module to BF16 must not touch them.
         self._slopes = slopes[rank * self.num_heads : (rank + 1) * self.num_heads]

@@ -3,7 +3,7 @@
 Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4) count a layer so; the tensors here are those of
 our layer. Sizes in bytes; letters as in `activations.Share`, besides h hidden size, f width of a
 SwiGLU, E experts, k of them a token, V rows of the head on this GPU. Read from the code of
-`m1.model.layers`, megatron-core 0.16.1 and Transformer Engine; not yet compared with a GPU.
+`m1.model`, megatron-core 0.16.1 and Transformer Engine; not yet compared with a GPU.
 
 What is assumed: projections save their input before the gather of sequence parallelism; FP8
 projections save it in one byte; RMSNorm saves its input and a float32 root a token; SwiGLU is not

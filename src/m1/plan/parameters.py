@@ -1,4 +1,4 @@
-"""Parameters of a model, counted matrix by matrix as `m1.model.layers` builds them.
+"""Parameters of a model, counted matrix by matrix as `m1.model` builds them.
 
 Letters: h hidden size, w = num_heads * head_dim, g = num_kv_heads * head_dim, f width of a SwiGLU,
 E experts, V rows of the embedding. Counts are exact; a test holds them equal to built models.

@@ -78,6 +78,21 @@ def test_tasks_of_one_name_are_refused() -> None:
     )
 
 
+def test_a_single_choice_among_experts_is_refused_but_a_lone_expert_is_not() -> None:
+    assert mistakes(MoeConfig, {"num_experts": 4, "top_k": 1, "ffn_hidden_size": 8}) == (
+        "top_k is 1 of 4 experts, but a single choice always weighs 1 after renormalisation, so "
+        "the router would learn nothing; raise top_k to 2",
+    )
+    assert MoeConfig(num_experts=1, top_k=1, ffn_hidden_size=8).top_k == 1
+
+
+def test_residual_scales_beside_alpha_or_beta_are_refused() -> None:
+    for changes in ({"alpha": 2.0}, {"beta": 0.5}):
+        assert mistakes(ModelConfig, {**MODEL, "residual": {}, **changes}) == (
+            "residual is given beside alpha or beta, but replaces both; remove one or the other",
+        )
+
+
 def test_top_k_beyond_the_experts_is_refused() -> None:
     assert mistakes(MoeConfig, {"num_experts": 2, "top_k": 3, "ffn_hidden_size": 8}) == (
         "top_k is 3, but num_experts is only 2; lower top_k or add experts",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from m1.config.layout import padded_vocab
-from m1.config.schema import ModelConfig, MoeConfig
+from m1.config.schema import ModelConfig, MoeConfig, ResidualConfig
 from m1.model.build import build_model
 from m1.model.lightning import LightningAttention
 from m1.model.packing import pack
@@ -65,7 +65,7 @@ def test_the_number_of_parameters_is_that_of_the_architecture(make_model, tied):
     assert sum(p.numel() for p in model.parameters()) == expected
 
 
-def observed(layer):
+def observed(layer, **arguments):
     """Run a layer on `hidden_states` and note what enters and leaves its two branches."""
     seen = {}
 
@@ -79,7 +79,7 @@ def observed(layer):
         getattr(layer, name).register_forward_hook(note(name)) for name in ("self_attention", "mlp")
     ]
     with torch.no_grad():
-        out, _ = layer(hidden_states(), packed_seq_params=PACKING)
+        out, _ = layer(hidden_states(), packed_seq_params=PACKING, **arguments)
     for hook in hooks:
         hook.remove()
     return out.squeeze(1), seen
@@ -107,8 +107,59 @@ def test_residual_scales_default_to_deepnorm_after_and_one_before(make_model, ti
     assert tiny_config.residual_alpha == 2.0  # (2 * 8) ** 0.25
     pre = tiny_config.model_copy(update={"norm": "pre"})
     for config, alpha in ((tiny_config, 2.0), (pre, 1.0)):
-        built = make_model(config).config
-        assert (built.residual_alpha, built.residual_beta) == (alpha, 1.0)
+        scales = make_model(config).config.residual
+        for branch in (scales.softmax, scales.lightning, scales.mlp):
+            assert (branch.alpha, branch.beta) == (alpha, 1.0)
+
+
+def test_residual_scales_may_differ_by_kind_of_branch(make_model, tiny_config):
+    scales = {"lightning": (1.7, 0.6), "softmax": (1.3, 0.9), "mlp": (0.8, 1.2)}
+    residual = ResidualConfig(
+        **{kind: {"alpha": alpha, "beta": beta} for kind, (alpha, beta) in scales.items()}
+    )
+    model = make_model(tiny_config.model_copy(update={"residual": residual}))
+    for index, kind in ((0, "lightning"), (7, "softmax")):
+        layer = model.decoder.layers[index]
+        angles = model.rotary_pos_emb(max(LENGTHS))
+        out, seen = observed(layer, rotary_pos_emb=angles)
+        (_, attention), (mlp_in, mlp) = seen["self_attention"], seen["mlp"]
+        (alpha, beta), (mlp_alpha, mlp_beta) = scales[kind], scales["mlp"]
+        x = alpha * layer.input_layernorm(hidden_states().squeeze(1)) + beta * attention
+        torch.testing.assert_close(mlp_in, layer.pre_mlp_layernorm(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out, mlp_alpha * mlp_in + mlp_beta * mlp, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lone_expert_is_a_swiglu_and_its_router_learns_nothing(make_model, tiny_config):
+    moe = MoeConfig(num_experts=1, top_k=1, ffn_hidden_size=14)
+    mlp = make_model(tiny_config.model_copy(update={"moe": moe})).decoder.layers[0].mlp
+    hidden = hidden_states()
+    out, _ = mlp(hidden)
+    expert = mlp.experts.local_experts[0]
+    gate, up = (hidden @ expert.linear_fc1.weight.T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * up) @ expert.linear_fc2.weight.T
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    out.sum().backward()
+    assert not mlp.router.weight.grad.any()
+
+
+def test_biases_of_query_key_and_value_are_added_in_softmax_layers_alone(make_model, tiny_config):
+    model = make_model(tiny_config.model_copy(update={"qkv_bias": True}))
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    assert biases == ["decoder.layers.7.self_attention.linear_qkv.bias"]
+    attention = model.decoder.layers[7].self_attention
+    hidden = hidden_states()
+    q, k, v = (x.flatten(1) for x in attention.get_query_key_value_tensors(hidden))
+    fused = hidden.squeeze(1) @ attention.linear_qkv.weight.T + attention.linear_qkv.bias
+    torch.testing.assert_close(torch.cat([q, k, v], dim=-1), fused, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rotary_dim", "head_dim"), [(30, 44), (2, 49), (16, 16)])
+def test_the_rope_table_has_as_many_dimensions_as_configured(
+    make_model, tiny_config, rotary_dim, head_dim
+):
+    changes = {"rotary_dim": rotary_dim, "head_dim": head_dim}
+    model = make_model(tiny_config.model_copy(update=changes))
+    assert model.rotary_pos_emb(5).shape[-1] == rotary_dim
 
 
 def test_lightning_attention_follows_its_equation(make_model, tiny_config):
