@@ -166,7 +166,7 @@ def _put_first(model: torch.nn.Module, name: str) -> None:
 
 def _stays_here(parallel: ParallelConfig) -> bool:
     """Whether tokens reach all experts without leaving their GPU."""
-    return parallel.expert == 1 and parallel.tensor == 1
+    return parallel.world_size == parallel.data
 
 
 def _forget_router_metrics() -> None:
