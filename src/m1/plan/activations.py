@@ -25,8 +25,9 @@ class Saved:
     num_bytes: float
     """Bytes on one GPU for one micro-batch."""
     survives: Recompute = "selective"
-    """Strongest recomputation under which it is still kept: under `selective` the tensors of norms
-    and expert MLPs go, under `full` all but the layer's input."""
+    """Strongest recomputation under which it is still kept: under `selective` the experts' SwiGLU
+    goes, on GPUs, and the inside of the norm after lightning attention; under `full` all but the
+    layer's input."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 Korthikanti et al. 2022 (arXiv 2205.05198, sec. 4) count a layer so; the tensors here are those of
 our layer. Sizes in bytes; letters as in `activations.Share`, besides h hidden size, f width of a
-SwiGLU, E experts, k of them a token, V rows of the head on this GPU. Read from the code of
-`m1.model`, megatron-core 0.16.1 and Transformer Engine; not yet compared with a GPU.
+SwiGLU, E experts, k of them a token, V rows of the head on this GPU.
 
 What is assumed: projections save their input before the gather of sequence parallelism; FP8
-projections save it in one byte; RMSNorm saves its input and a float32 root a token; SwiGLU is not
-fused (`bias_activation_fusion=False` in `m1.model.build`); the lightning kernel saves q, k and v
-only; softmax attention is FlashAttention's (q, k, v, output, float32 log-sum-exp).
+projections save it in one byte; RMSNorm saves its input and a float32 root a token; SwiGLU and its
+product with the router's weights are one operation, which saves its input; a lightning layer saves
+what SiLU takes and makes q, k and v again; softmax attention is FlashAttention's (q, k, v, output,
+float32 log-sum-exp). tests/unit/plan/test_measured_memory.py compares with measured peaks.
 """
 
 from m1.config.model_tables import ModelConfig
@@ -27,7 +27,7 @@ def layer_tensors(
     return [
         Saved("layer input", _BF16 * s * h, "full"),
         Saved("root of the first norm", _FP32 * s),
-        Saved("input of the attention's projections", operand * s * h, "none"),
+        Saved("input of the attention's projections", operand * s * h),
         *attention(model, share, operand),
         Saved("input of the second norm", _BF16 * s * h),
         Saved("root of the second norm", _FP32 * s),
@@ -48,30 +48,27 @@ def head_tensors(model: ModelConfig, vocab_size: int, share: Share) -> list[Save
 
 
 def _lightning(model: ModelConfig, share: Share, operand: int) -> list[Saved]:
-    """SiLU, kernel, norm over the heads, gate; w of each token.
+    """SiLU, kernel, norm over the heads times gate; w of each token.
 
-    Without tensor parallelism the norm is one operation; with it `LightningAttention._norm` keeps
-    two float32 copies of its input, for the square and for the product with the root, and its
-    output before the weight.
+    Without tensor parallelism norm and gate are one operation; with it they are several, and
+    `selective` makes them again.
     """
     t, w = share.t, share.w
-    if share.tensor == 1:
-        norm = [Saved("input of the heads' norm", _BF16 * t * w)]
-    else:
-        norm = [
-            Saved("input of the heads' norm, FP32, to square", _FP32 * t * w),
-            Saved("input of the heads' norm, FP32, to scale", _FP32 * t * w),
-            Saved("heads' norm before its weight", _BF16 * t * w),
-        ]
-    return [
+    tensors = [
         Saved("input of SiLU", _BF16 * t * 3 * w),
-        Saved("q, k and v", _BF16 * t * 3 * w),
-        *norm,
+        Saved("input of the heads' norm", _BF16 * t * w),
         Saved("root of the heads' norm", _FP32 * t),
-        Saved("output of the heads' norm", _BF16 * t * w),
         Saved("gate", _BF16 * t * w),
         Saved("input of the output projection", operand * t * w),
     ]
+    if share.tensor > 1:
+        tensors += [
+            Saved("heads' norm: input in FP32, twice", 2 * _FP32 * t * w, "none"),
+            Saved("heads' norm: before its weight", _BF16 * t * w, "none"),
+            Saved("heads' norm: output", _BF16 * t * w, "none"),
+            Saved("sigmoid of the gate", _BF16 * t * w, "none"),
+        ]
+    return tensors
 
 
 def _softmax(model: ModelConfig, share: Share, operand: int) -> list[Saved]:
@@ -96,29 +93,29 @@ def _feed_forward(model: ModelConfig, share: Share, operand: int) -> list[Saved]
     h, s, t, moe = model.hidden_size, share.s, share.t, model.moe
     if moe is None:
         f = (model.ffn_hidden_size or 0) / share.tensor
-        norm = Saved("output of the second norm", operand * s * h, "none")
+        norm = Saved("output of the second norm", operand * s * h)
         return [norm, *_swiglu("MLP", t, f, operand, "selective")]
     f = moe.ffn_hidden_size / share.expert_tensor
     tensors = [
-        Saved("output of the second norm", _BF16 * s * h, "none"),
-        Saved("router", router_bytes(s, num_experts=moe.num_experts, top_k=moe.top_k), "none"),
-        Saved("rows sent to the experts", operand * share.m * h, "none"),
+        Saved("output of the second norm", _BF16 * s * h),
+        Saved("router", router_bytes(s, num_experts=moe.num_experts, top_k=moe.top_k)),
+        Saved("rows sent to the experts", operand * share.m * h),
         *_swiglu("experts", share.m, f, operand, "none"),
-        Saved("experts: product before the probabilities", _BF16 * share.m * f, "none"),
     ]
     if moe.shared_ffn_hidden_size:
         f = moe.shared_ffn_hidden_size / share.tensor
-        tensors += _swiglu("shared expert", t, f, operand, "none")
+        tensors += _swiglu("shared expert", t, f, operand, "selective")
         if operand != _BF16:
-            tensors.append(Saved("shared expert: input of fc1", operand * s * h, "none"))
+            tensors.append(Saved("shared expert: input of fc1", operand * s * h))
     return tensors
 
 
 def _swiglu(name: str, rows: float, f: float, operand: int, survives: Recompute) -> list[Saved]:
-    """fc2(SiLU(a) * b) with [a|b] = fc1(x): what each factor's gradient needs."""
+    """fc2(SiLU(a) * b) with [a|b] = fc1(x), the product being one operation.
+
+    `survives` is that of the product, which `selective` makes again for the experts.
+    """
     return [
-        Saved(f"{name}: output of fc1", _BF16 * rows * 2 * f, survives),
-        Saved(f"{name}: SiLU(a)", _BF16 * rows * f, survives),
-        Saved(f"{name}: b plus an offset of 0", _BF16 * rows * f, survives),
+        Saved(f"{name}: output of fc1", _BF16 * rows * 2 * f),
         Saved(f"{name}: input of fc2", operand * rows * f, survives),
     ]

@@ -6,7 +6,7 @@ with what autograd keeps for built models.
 """
 
 from m1.config.model_tables import ModelConfig
-from m1.plan.activations import Recompute, Saved, Share, router_bytes
+from m1.plan.activations import Saved, Share, router_bytes
 
 _FLOAT = 4
 _INT64 = 8
@@ -57,9 +57,9 @@ def _lightning(model: ModelConfig, share: Share) -> list[Saved]:
         Saved("input of SiLU", _FLOAT * t * 3 * w),
         *_chunked(model, share),
         Saved("input of the heads' norm", _FLOAT * t * w),
-        Saved("heads' norm: root", _FLOAT * t),
-        Saved("heads' norm: before its weight", _FLOAT * t * w),
-        Saved("heads' norm: output", _FLOAT * t * w),
+        Saved("heads' norm: root", _FLOAT * t, "none"),
+        Saved("heads' norm: before its weight", _FLOAT * t * w, "none"),
+        Saved("heads' norm: output", _FLOAT * t * w, "none"),
         Saved("gate", _FLOAT * t * w),
         Saved("input of the output projection", _FLOAT * t * w),
     ]
@@ -104,26 +104,26 @@ def _softmax(model: ModelConfig, share: Share) -> list[Saved]:
 def _feed_forward(model: ModelConfig, share: Share) -> list[Saved]:
     t, moe = share.t, model.moe
     if moe is None:
-        return _swiglu("MLP", t, (model.ffn_hidden_size or 0) / share.tensor, "selective")
+        return _swiglu("MLP", t, (model.ffn_hidden_size or 0) / share.tensor)
     f = moe.ffn_hidden_size / share.expert_tensor
     router = router_bytes(share.s, num_experts=moe.num_experts, top_k=moe.top_k)
     tensors = [
-        Saved("router", router, "none"),
-        Saved("rows sent to the experts", _FLOAT * share.m * model.hidden_size, "none"),
-        *_swiglu("experts", share.m, f, "none"),
-        Saved("experts: product before the probabilities", _FLOAT * share.m * f, "none"),
+        Saved("router", router),
+        Saved("rows sent to the experts", _FLOAT * share.m * model.hidden_size),
+        *_swiglu("experts", share.m, f),
+        Saved("experts: product before the probabilities", _FLOAT * share.m * f),
     ]
     if moe.shared_ffn_hidden_size:
         f = moe.shared_ffn_hidden_size / share.tensor
-        tensors += _swiglu("shared expert", t, f, "none")
+        tensors += _swiglu("shared expert", t, f)
     return tensors
 
 
-def _swiglu(name: str, rows: float, f: float, survives: Recompute) -> list[Saved]:
+def _swiglu(name: str, rows: float, f: float) -> list[Saved]:
     """fc2(SiLU(a) * b) with [a|b] = fc1(x): what each factor's gradient needs."""
     return [
-        Saved(f"{name}: output of fc1", _FLOAT * rows * 2 * f, survives),
-        Saved(f"{name}: SiLU(a)", _FLOAT * rows * f, survives),
-        Saved(f"{name}: b plus an offset of 0", _FLOAT * rows * f, survives),
-        Saved(f"{name}: input of fc2", _FLOAT * rows * f, survives),
+        Saved(f"{name}: output of fc1", _FLOAT * rows * 2 * f),
+        Saved(f"{name}: SiLU(a)", _FLOAT * rows * f),
+        Saved(f"{name}: b plus an offset of 0", _FLOAT * rows * f),
+        Saved(f"{name}: input of fc2", _FLOAT * rows * f),
     ]

@@ -70,7 +70,7 @@ def test_a_layout_that_cannot_fit_warns_and_one_that_fits_does_not(m1_456b, lapt
 def test_a_plan_without_margin_warns_too(m1_456b) -> None:
     recipe = with_layout(m1_456b, "pretrain", recompute="none")
     table = recipe.pretrain.model_copy(update={"micro_batch_rows": 1})
-    data = recipe.data.model_copy(update={"sequence_length": 9216})
+    data = recipe.data.model_copy(update={"sequence_length": 12_288})
     plan = make_plan(recipe.model_copy(update={"pretrain": table, "data": data}), Options())
     assert 0.9 * plan.gpu.memory_bytes < plan.worst.peak < plan.gpu.memory_bytes
     [warning] = plan.warnings

@@ -41,7 +41,9 @@ _IN_LAYER = {
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _QKV = re.compile(r"self_attention\.linear_qkv\.(weight|bias)")
-_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.linear_(fc1|fc2)\.weight")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<e>\d+)\.linear_(?P<fc>fc1|fc2)\.weight")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.linear_(?P<fc>fc1|fc2)\.weight(?P<e>\d+)")
+"""Transformer Engine's grouped experts."""
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -174,11 +176,11 @@ def views_of(
     if rest == "mlp.linear_fc1.weight":
         gate, up = tensor.chunk(2)
         return {f"{prefix}.mlp.gate_proj.weight": gate, f"{prefix}.mlp.up_proj.weight": up}
-    expert = _EXPERT.fullmatch(rest)
+    expert = _EXPERT.fullmatch(rest) or _GROUPED_EXPERT.fullmatch(rest)
     if expert is None:
         return None
-    place = f"{prefix}.block_sparse_moe.experts.{expert[1]}"
-    if expert[2] == "fc2":
+    place = f"{prefix}.block_sparse_moe.experts.{expert['e']}"
+    if expert["fc"] == "fc2":
         return {f"{place}.w2.weight": tensor}
     gate, up = tensor.chunk(2)
     return {f"{place}.w1.weight": gate, f"{place}.w3.weight": up}
