@@ -8,7 +8,10 @@ GPU's dense BF16 peak, for both precisions. Both models pass through the same tr
 """
 
 import argparse
-import gc
+import json
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,8 +64,6 @@ def micro_batches(length: int, micro_tokens: int) -> list[MicroBatch]:
 
 
 def measure(name: str, length: int, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    gc.collect()  # the model before is held by cycles
-    torch.cuda.empty_cache()
     model = MODELS[name].model_copy(
         update={"precision": precision, "fp8_recipe": options.fp8_recipe}
     )
@@ -134,21 +135,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    initialize()
-    results = []
-    for precision in options.precisions:
-        for length in options.lengths:
-            for name in options.models:
-                try:
-                    found = measure(name, length, precision, options)
-                except torch.cuda.OutOfMemoryError as error:
-                    found = {"model": name, "length": length, "precision": precision}
-                    found["error"] = str(error).partition(".")[0]
-                results.append(found)
-                print({k: v for k, v in found.items() if k != "profile"}, flush=True)
-                for row in found.get("profile", [])[:14]:
-                    print(f"   {row['share']:6.1%} {row['calls']:5d} {row['kernel'][:84]}")
+    cases = [
+        (precision, length, name)
+        for precision in options.precisions
+        for length in options.lengths
+        for name in options.models
+    ]
+    if len(cases) == 1:
+        initialize()
+        results = [attempt(*cases[0], options)]
+    else:  # a model's memory is not given back in its process
+        results = [in_own_process(*case) for case in cases]
     write(options.json, {"results": results})
+
+
+def attempt(precision: str, length: int, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    try:
+        found = measure(name, length, precision, options)
+    except torch.cuda.OutOfMemoryError as error:
+        found = {"model": name, "length": length, "precision": precision}
+        found["error"] = str(error).partition(".")[0]
+    print({k: v for k, v in found.items() if k != "profile"}, flush=True)
+    for row in found.get("profile", [])[:14]:
+        print(f"   {row['share']:6.1%} {row['calls']:5d} {row['kernel'][:84]}")
+    return found
+
+
+def in_own_process(precision: str, length: int, name: str) -> dict[str, Any]:
+    """Measure one case with this command's options, of which the last given count."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        chosen = ["--models", name, "--lengths", str(length), "--precisions", precision]
+        command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], *chosen]
+        subprocess.run([*command, "--json", str(path)], check=True)
+        found: dict[str, Any] = json.loads(path.read_text())["results"][0]
+        return found
 
 
 if __name__ == "__main__":
