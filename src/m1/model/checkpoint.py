@@ -21,21 +21,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from m1.model.cpu import single_threaded
+from m1.model.fitting import does_not_fit, drop_absent_scales, require_same_tensors
+from m1.model.moments import METADATA, allocate_moments, load_moments, moments, num_updates
 from m1.storage import disk_errors
 from m1.types import M1Error
 
 MARKER = "complete.json"
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "non_homogeneous_layers": True,
-    "singleton_local_shards": False,
-}
 
 
 def save(
@@ -55,63 +50,17 @@ def save(
     Raises:
         M1Error: The disk is full or not writable; earlier checkpoints are intact.
     """
-    _allocate_moments(optimizer)
-    sharded = model.sharded_state_dict(metadata=_METADATA)
+    allocate_moments(optimizer)
+    sharded = model.sharded_state_dict(metadata=METADATA)
     return _write(
         folder,
         {
             "model": sharded,
-            "optimizer": _moments(optimizer, sharded, is_loading=False),
-            "num_updates": _num_updates(optimizer),
+            "optimizer": moments(optimizer, sharded, is_loading=False),
+            "num_updates": num_updates(optimizer),
             "state": state,
         },
     )
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The optimizers of dense and of expert parameters; one without expert parallel ranks."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _moments(
-    optimizer: MegatronOptimizer, sharded: dict[str, Any], *, is_loading: bool
-) -> dict[str, Any]:
-    """Main weights and moments of every parameter, with their places in the global model.
-
-    megatron's own state dict of several optimizers can be read by as many optimizers only, and so
-    under the same kind of layout; the tensors alone are named after the model's parameters.
-    """
-    return {
-        str(number): part.sharded_state_dict(sharded, is_loading=is_loading, metadata=_METADATA)[
-            "param_state"
-        ]
-        for number, part in enumerate(_parts(optimizer))
-    }
-
-
-def _num_updates(optimizer: MegatronOptimizer) -> int:
-    groups = [group for part in _parts(optimizer) for group in part.optimizer.param_groups]
-    return max((int(group.get("step", 0)) for group in groups), default=0)
-
-
-def _load_moments(optimizer: MegatronOptimizer, moments: dict[str, Any], num_updates: int) -> None:
-    for number, part in enumerate(_parts(optimizer)):
-        own = part.state_dict()
-        for group in own["optimizer"]["param_groups"]:
-            group["step"] = num_updates
-        own["param_state"] = moments[str(number)]
-        own["param_state_sharding_type"] = _METADATA["distrib_optim_sharding_type"]
-        part.load_state_dict(own)
-
-
-def _allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Moments of zero for what has not been updated yet; saving asks for them."""
-    for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state.setdefault(name, torch.zeros_like(parameter))
 
 
 def save_weights(folder: Path, model: MegatronModule) -> str:
@@ -121,7 +70,7 @@ def save_weights(folder: Path, model: MegatronModule) -> str:
 
 def sharded_weights(model: MegatronModule) -> dict[str, Any]:
     """Every parameter's place in the global model, by name, as a checkpoint of weights has it."""
-    return model.sharded_state_dict(metadata=_METADATA)  # type: ignore[no-any-return]
+    return model.sharded_state_dict(metadata=METADATA)  # type: ignore[no-any-return]
 
 
 def require_absent(folder: Path) -> None:
@@ -163,11 +112,11 @@ def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> d
         M1Error: A file is missing or its content changed since it was written.
     """
     verify(folder)
-    sharded = model.sharded_state_dict(metadata=_METADATA)
-    full = {"model": sharded, "optimizer": _moments(optimizer, sharded, is_loading=True)}
+    sharded = model.sharded_state_dict(metadata=METADATA)
+    full = {"model": sharded, "optimizer": moments(optimizer, sharded, is_loading=True)}
     loaded = _read(folder, full)
     model.load_state_dict(loaded["model"])
-    _load_moments(optimizer, loaded["optimizer"], loaded["num_updates"])
+    load_moments(optimizer, loaded["optimizer"], loaded["num_updates"])
     return loaded["state"]  # type: ignore[no-any-return]
 
 
@@ -183,33 +132,15 @@ def load_weights(folder: Path, model: MegatronModule) -> None:
 
 
 def _read(folder: Path, full: dict[str, Any]) -> dict[str, Any]:
+    require_same_tensors(full["model"], folder)
     try:
-        with _quiet(), single_threaded():
-            absent = _drop_absent_scales(full["model"], folder)
+        with _quiet(), single_threaded(), _ordinary_exceptions():
+            absent = drop_absent_scales(full["model"], folder)
             loaded: dict[str, Any] = dist_checkpointing.load(full, str(folder))
             loaded["model"] |= {key: torch.empty(0, dtype=torch.uint8) for key in absent}
             return loaded
     except CheckpointingException as error:
-        raise M1Error(
-            f"checkpoint {folder} does not fit this [model]: {error}. Use the [model] table that "
-            "made it, or start the stage anew in another storage.root"
-        ) from error
-
-
-def _drop_absent_scales(model: dict[str, Any], folder: Path) -> list[str]:
-    """Take FP8 scaling state that the checkpoint lacks out of what is asked for; returns its keys.
-
-    Transformer Engine's modules ask for it; megatron's own, which may have written the checkpoint,
-    have none. It then starts afresh.
-    """
-    asked = [key for key in model if key.endswith("_extra_state")]
-    if not asked:
-        return []
-    present = FileSystemReader(folder).read_metadata().state_dict_metadata
-    absent = [key for key in asked if getattr(model[key], "unique_key", None) not in present]
-    for key in absent:
-        del model[key]
-    return absent
+        raise M1Error(does_not_fit(folder, str(error))) from error
 
 
 def verify(folder: Path) -> None:

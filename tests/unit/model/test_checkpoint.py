@@ -6,6 +6,7 @@ import torch
 
 from m1.config.schema import OptimizerConfig, ParallelConfig
 from m1.model import checkpoint
+from m1.model.build import build_model
 from m1.train.microbatch import MicroBatch
 from m1.train.trainer import Trainer, cross_entropy
 from m1.types import M1Error
@@ -218,3 +219,29 @@ def test_a_refused_folder_is_reported_and_the_checkpoint_before_it_stays(copied,
     with pytest.raises(M1Error, match="file"):
         make_trainer().save(copied.parent / "file" / "step_00000004", {"step": 4})
     checkpoint.verify(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 64}, r"has shape \[.*32\] there and \[.*64\] in the model"),
+        ({"num_layers": 1, "layer_pattern": ("lightning",)}, r"the model lacks decoder.layers.1"),
+        (
+            {"num_layers": 3, "layer_pattern": ("lightning", "softmax", "lightning")},
+            r"it lacks decoder.layers.2",
+        ),
+        ({"layer_pattern": ("softmax", "lightning")}, r"it lacks decoder.layers.0.self_attention"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(saved, tiny_config, change, words):
+    own = {"num_layers": 2, "layer_pattern": ("lightning", "softmax")}
+    other = build_model(tiny_config.model_copy(update=own | change), vocab_size=64, seed=1)
+    with pytest.raises(M1Error, match=rf"is not of this \[model\]: .*{words}"):
+        checkpoint.load_weights(saved[0], other)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(saved, tiny_config):
+    own = {"num_layers": 2, "layer_pattern": ("lightning", "softmax")}
+    other = build_model(tiny_config.model_copy(update=own), vocab_size=128, seed=1)
+    with pytest.raises(M1Error, match=r"has shape \[64, 32\] there and \[128, 32\] in the model"):
+        checkpoint.load_weights(saved[0], other)
