@@ -67,12 +67,9 @@ def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
     return dist_checkpointing.load_plain_tensors(str(folder))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("uninterrupted")
-    for stage in ("data", "pretrain", "sft", "rl", "evaluate", "register"):
-        finish(stage, root)
-    return root
+@pytest.fixture
+def uninterrupted(first_run) -> Path:
+    return first_run[0]
 
 
 @pytest.fixture(scope="module")

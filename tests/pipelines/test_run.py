@@ -1,6 +1,5 @@
 """`m1 run` from end to end on the miniature recipe: first run, second run, changed recipe."""
 
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,27 +9,18 @@ ROOT = Path(__file__).parents[2]
 STAGES = ["data", "pretrain", "sft", "rl", "evaluate", "register"]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A run root that the tests of this module fill one after the other."""
-    return tmp_path_factory.mktemp("runs")
-
-
-def run(m1, root: Path, *overrides: str) -> dict:
-    sets = [f"--set={o}" for o in (f"storage.root={root}", *overrides)]
-    finished = m1("run", "tests/recipes/mini.toml", *sets)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    for shown in ("pretrain", "report", "lineage", "sums"):
-        assert shown in finished.stdout  # the display and the final table, not swallowed by the log
-    return json.loads((root / "latest" / "summary.json").read_text())
+@pytest.fixture
+def root(first_run) -> Path:
+    """The run root that the tests of this module add to, one after the other."""
+    return first_run[0]
 
 
 def statuses(summary: dict) -> dict[str, str]:
     return {stage: facts["status"] for stage, facts in summary["stages"].items()}
 
 
-def test_the_first_run_does_every_stage_and_scores_every_checkpoint(m1, root):
-    summary = run(m1, root)
+def test_the_first_run_does_every_stage_and_scores_every_checkpoint(first_run):
+    summary = first_run[1]
     assert statuses(summary) == dict.fromkeys(STAGES, "done")
     scores = summary["scores"]["sums"]
     assert set(scores) == {"pretrain", "sft", "rl"}
@@ -110,12 +100,12 @@ def test_the_exported_model_answers_in_transformers_as_ours_does(root, process_g
         assert out[0, len(ids) :].tolist() == list(mine)
 
 
-def test_a_second_run_finds_every_stage_done(m1, root):
-    assert statuses(run(m1, root)) == dict.fromkeys(STAGES, "cached")
+def test_a_second_run_finds_every_stage_done(run_mini, root):
+    assert statuses(run_mini(root)) == dict.fromkeys(STAGES, "cached")
 
 
-def test_changing_rl_repeats_rl_and_what_follows_only(m1, root):
-    found = statuses(run(m1, root, "rl.loss.clip_eps_high=3.0"))
+def test_changing_rl_repeats_rl_and_what_follows_only(run_mini, root):
+    found = statuses(run_mini(root, "rl.loss.clip_eps_high=3.0"))
     assert found == {
         "data": "cached",
         "pretrain": "cached",
