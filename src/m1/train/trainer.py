@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from m1.model import checkpoint
 from m1.model.build import build_model
+from m1.model.cpu import single_threaded
 from m1.train.microbatch import MicroBatch
 from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
@@ -48,6 +49,12 @@ def cross_entropy(
     """Weighted negative log-likelihood of the targets, in nats."""
     loss = -(batch.weights * logprobs).sum()
     return loss, {"loss": loss.detach()}
+
+
+def _finalize(*args: Any, **kwargs: Any) -> None:
+    """Megatron's reduction of gradients, which on CPUs runs in gloo's threads."""
+    with single_threaded():
+        finalize_model_grads(*args, **kwargs)
 
 
 def _check_order(optimizer: MegatronOptimizer) -> None:
@@ -112,7 +119,7 @@ class Trainer:
             [self.module],
         )
         _check_order(self.optimizer)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = _finalize
         config.no_sync_func = self.module.no_sync
         self._forward_backward = get_forward_backward_func()
 
@@ -135,15 +142,17 @@ class Trainer:
         sums = self._run([self._shard(b) for b in batches], loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.prepare_grads()
-        norm = self.optimizer.get_grad_norm()
+        with single_threaded():
+            self.optimizer.prepare_grads()
+            norm = self.optimizer.get_grad_norm()
         if not torch.isfinite(torch.as_tensor(norm)):
             raise M1Error(
                 f"the gradient norm is {float(norm)}; the update was not made. Lower the "
                 "learning rate, or look for a task whose reward is not finite; "
                 "the last checkpoint is intact"
             )
-        _, norm, _ = self.optimizer.step()
+        with single_threaded():
+            _, norm, _ = self.optimizer.step()
         return UpdateResult(sums=sums, grad_norm=float(norm))
 
     @torch.no_grad()
