@@ -13,6 +13,7 @@ from m1.config.schema import Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import LocalEngine
+from m1.model import checkpoint
 from m1.model.parallel import initialize
 from m1.rollout.groups import sample_groups
 from m1.stage import PROBABILITIES, StageContext, StageOutput
@@ -59,7 +60,8 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         num_tokens=tokenizer.vocab_size,
         repetition_stop=config.repetition_stop,
     )
-    state = resume(context, trainer, parent="sft" if "sft" in context.inputs else "pretrain")
+    parent = "sft" if "sft" in context.inputs else "pretrain"
+    state = resume(context, trainer, start=lambda: checkpoint.inside(context.path_of(parent)))
     step, version, tasks.cursor = (int(state.get(k, 0)) for k in ("step", "version", "cursor"))
     while step < config.num_steps:
         started = time.perf_counter()
@@ -98,7 +100,8 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             _keep_scatter(context, samples, old_logprobs)
         elif step % config.checkpoint_every_steps == 0:
             position = {"cursor": tasks.cursor, "version": version}
-            save(context, trainer, step, keep=config.keep_checkpoints, **position)
+            save(context, trainer, config, step, **position)
+        trainer.finish_saves(wait=False)
     return publish(context, trainer, version)
 
 
