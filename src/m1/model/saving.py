@@ -62,6 +62,7 @@ class Saving:
                 self._partial.mkdir(parents=True)
         dist.barrier()
         self._digests: dict[str, str] = {}
+        self._results: dict[int, Any] = {}
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         try:
@@ -103,6 +104,8 @@ class Saving:
             with disk_errors(self.folder.parent):
                 written = self._of_all_ranks()
                 with quiet(), single_threaded(), ordinary_exceptions():
+                    if self._request.async_fn is not None:
+                        self._request.async_fn_args[2].put(self._results)
                     for finalize in self._request.finalize_fns:
                         finalize()
         except BaseException:
@@ -121,8 +124,7 @@ class Saving:
             return
         transforms = self._request.async_fn.args[0]
         try:
-            results = {n: _write_file(transforms, b) for n, b in enumerate(buckets)}
-            self._request.async_fn_args[2].put(results)
+            self._results = {n: _write_file(transforms, b) for n, b in enumerate(buckets)}
             for path in (Path(bucket[0]) for bucket in buckets):
                 self._digests[str(path.relative_to(self._partial))] = sha256(path)
         except Exception as error:
