@@ -149,6 +149,10 @@ def build_model(
     if is_last:
         keep_float(built.output_layer)
         _put_first(built, "output_layer")
+    if uses_transformer_engine(model) and model.moe is not None:
+        from m1.model.experts import use_our_kernels
+
+        use_our_kernels(built, is_fp8=model.precision == "fp8")
     return built.cuda() if torch.cuda.is_available() else built
 
 

@@ -6,6 +6,7 @@ files.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import queue
@@ -31,6 +32,12 @@ from m1.types import M1Error
 MARKER = "complete.json"
 # megatron starts a process to hold the results of writers in other processes; ours is this one's.
 filesystem_async._results_queue = queue.Queue()
+# megatron-core 0.19 wants another package's writer unless it is told to use its own.
+_WRITER = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 
 
 def require_absent(folder: Path) -> None:
@@ -69,7 +76,7 @@ class Saving:
             with disk_errors(folder.parent), quiet(), single_threaded(), ordinary_exceptions():
                 strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
                 self._request: AsyncRequest = dist_checkpointing.save(
-                    content, str(self._partial), strategy, async_sharded_save=True
+                    content, str(self._partial), strategy, async_sharded_save=True, **_WRITER
                 )
                 buckets = _staged(self._request, is_copy=in_background)
         except BaseException:

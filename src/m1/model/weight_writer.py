@@ -77,7 +77,7 @@ def write_weights(
     with disk_errors(folder.parent):
         atomic_write(under_way / ".metadata", pickle.dumps(metadata))
         torch.save({}, under_way / "common.pt")  # megatron's name for what is not sharded
-        save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(under_way))
+        save_config(CheckpointingConfig("torch_dist", 1), str(under_way))
         (under_way / saving.MARKER).unlink(missing_ok=True)
         return saving.complete(under_way, folder)
 
