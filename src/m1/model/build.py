@@ -111,8 +111,8 @@ def build_model(
 ) -> HybridModel:
     """Build this rank's part of the model, on the GPU if there is one.
 
-    Requires `m1.model.parallel.initialize` with the same layout. On the CPU initial weights depend
-    on `seed` and the architecture alone; on GPUs also on the layout. In `eval()` mode, and with
+    Requires `m1.model.parallel.initialize` with the same layout. Initial weights depend on `seed`,
+    the architecture, and how layers and experts are divided; on GPUs on the tensor ranks too. In `eval()` mode, and with
     packed inputs: call it with tokens [1, T], position_ids [1, T], no mask, and `packed_seq_params`
     from `m1.model.packing`.
 

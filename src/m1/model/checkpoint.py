@@ -168,7 +168,12 @@ def step_folder(parent: Path, step: int) -> Path:
 
 
 def prune(parent: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes.
+
+    Among several ranks the first one does it.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     found = sorted(p for p in parent.glob("step_*") if (p / MARKER).exists())
     for path in [*found[:-keep], *parent.glob(".step_*.partial")]:
         shutil.rmtree(path, ignore_errors=True)

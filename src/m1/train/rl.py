@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from m1.config.layout import padded_vocab
-from m1.config.schema import Recipe, RlConfig
+from m1.config.schema import ParallelConfig, Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import LocalEngine
@@ -43,6 +43,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     """
     config = recipe.rl
     assert config is not None
+    _require_samplable(config.parallel)
     initialize(config.parallel, seed=recipe.seed)
     data = context.path_of("data")
     tokenizer = Tokenizer(data / "tokenizer")
@@ -103,6 +104,14 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             save(context, trainer, config, step, **position)
         trainer.finish_saves(wait=False)
     return publish(context, trainer, version)
+
+
+def _require_samplable(parallel: ParallelConfig) -> None:
+    if parallel.tensor * parallel.pipeline > 1:
+        raise M1Error(
+            f"rl.parallel has tensor {parallel.tensor} and pipeline {parallel.pipeline}, but the "
+            "engine in the trainer's process samples from whole models; set both to 1"
+        )
 
 
 class TaskStream:

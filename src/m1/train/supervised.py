@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from m1.config.layout import padded_vocab
 from m1.config.schema import ModelConfig, Recipe, RlConfig, TrainConfig
 from m1.data.packing import PackedRows
@@ -156,7 +158,11 @@ def save(
 def publish(context: StageContext, trainer: Trainer, step: int, **metadata: object) -> StageOutput:
     """Make the trained model the stage's output, with its tokenizer beside it."""
     trainer.finish_saves(wait=True)
-    shutil.rmtree(context.output, ignore_errors=True)
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(context.output, ignore_errors=True)
+    dist.barrier()
     trainer.save_weights(context.output / "checkpoint")
-    shutil.copytree(context.path_of("data") / "tokenizer", context.output / "tokenizer")
+    if is_first:
+        shutil.copytree(context.path_of("data") / "tokenizer", context.output / "tokenizer")
     return StageOutput(step=step, is_model=True, metadata=dict(metadata))
