@@ -112,7 +112,7 @@ def build_model(
     """Build this rank's part of the model, on the GPU if there is one.
 
     Requires `m1.model.parallel.initialize` with the same layout. Initial weights depend on `seed`,
-    the architecture, and how layers and experts are divided; on GPUs on the tensor ranks too. In `eval()` mode, and with
+    the architecture, and how layers and experts are divided; on GPUs on the tensor ranks too. With
     packed inputs: call it with tokens [1, T], position_ids [1, T], no mask, and `packed_seq_params`
     from `m1.model.packing`.
 
