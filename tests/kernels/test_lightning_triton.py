@@ -166,6 +166,27 @@ def test_prefill_writes_final_states_into_slots(segments):
     assert states[[1, 2, 4]].isnan().all()
 
 
+def test_a_walk_saves_the_states_before_its_blocks(segments):
+    lengths = [70, 200, 3]
+    slopes, cu_seqlens = torch.tensor([0.5, 3.0], device=DEVICE), bounds(lengths)
+    q, k, v = (draw(273, 2, 16, seed=n) for n in range(3))
+    plan = chunk.plan(273, 3, 2)
+    assert plan.is_cut == (segments == "cut")
+    walk = chunk.Walk(slopes, cu_seqlens, plan)
+    saved = torch.full((273 // 64 + 3, 2, 16, 16), float("nan"), device=DEVICE)
+    chunk.attend(q, k, v, walk, out=torch.empty_like(v), saved=saved, save_tokens=64)
+    for n, (start, length) in enumerate(zip([0, 70, 270], lengths, strict=True)):
+        for block in range(-(-length // 64)):
+            rows = slice(start, start + 64 * block)
+            _, expected = (
+                reference.recurrent(q[rows], k[rows], v[rows], slopes, bounds([64 * block]))
+                if block
+                else (None, torch.zeros(1, 2, 16, 16, device=DEVICE).double())
+            )
+            found = saved[start // 64 + n + block]
+            torch.testing.assert_close(found.double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_steps_update_their_slots_and_no_others(num_tokens):
     from m1_kernels.lightning_attention.decode import attention_step

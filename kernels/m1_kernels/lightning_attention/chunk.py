@@ -113,6 +113,8 @@ class Walk:
         slots: torch.Tensor | None = None,
         silu: tuple[bool, bool, bool] = (False, False, False),
         raw: torch.Tensor | None = None,
+        saved: torch.Tensor | None = None,
+        save_tokens: int = 0,
     ) -> None:
         """Write outputs [T, H, E] into `out`, and states at the segments' ends into `end`.
 
@@ -126,6 +128,8 @@ class Walk:
             slots: int [N], rows of the table; negative ones are left out.
             silu: Which of q, k and v pass through SiLU as they are read.
             raw: [T, H, E]; the output is multiplied by SiLU' of it.
+            saved: float32 [T // save_tokens + N, H, D, E], states before every `save_tokens`.
+            save_tokens: A multiple of the chunk, or 0.
         """
         num_heads, head_dim = k.shape[1:]
         width, plan = v.shape[-1], self.plan
@@ -136,7 +140,7 @@ class Walk:
         walk_kernel[grid](
             source, k, v, target, pre, self.slopes, self.cu_seqlens,
             k if state is None else state, k if end is None else end,
-            self.cu_seqlens if slots is None else slots,
+            self.cu_seqlens if slots is None else slots, k if saved is None else saved,
             plan.num_sequences, plan.segment_tokens,
             *source.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
             *pre.stride()[:2],
@@ -146,6 +150,7 @@ class Walk:
             IS_TRANSPOSED=self.is_transposed, KEEP_STATE=end is not None,
             HAS_SLOTS=slots is not None, WITH_OUTPUT=q is not None,
             SILU_Q=silu[0], SILU_K=silu[1], SILU_V=silu[2], SILU_GRAD=raw is not None,
+            SAVE_TOKENS=save_tokens,
             COMPUTE=how.compute, PRECISION=how.precision, STAGES=how.stages,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -191,6 +196,8 @@ def attend(
     final: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
     silu: bool = False,
+    saved: torch.Tensor | None = None,
+    save_tokens: int = 0,
 ) -> torch.Tensor | None:
     """Write outputs and final states; returns the states that enter the segments, if cut."""
     entering = initial
@@ -199,7 +206,10 @@ def attend(
         forward.run(None, k, v, end=local, silu=(False, silu, silu))
         entering = forward.scan(local, initial, last=final, slots=slots)
         final = slots = None
-    forward.run(q, k, v, out=out, state=entering, end=final, slots=slots, silu=(silu,) * 3)
+    forward.run(
+        q, k, v, out=out, state=entering, end=final, slots=slots, silu=(silu, silu, silu),
+        saved=saved, save_tokens=save_tokens,
+    )  # fmt: skip
     return entering if forward.plan.is_cut else None
 
 

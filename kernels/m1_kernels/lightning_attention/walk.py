@@ -79,7 +79,7 @@ def _load(at, mask, IS_SILU: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def walk_kernel(
-    q, k, v, out, raw, slopes, cu_seqlens, state_in, state_out, state_slots,
+    q, k, v, out, raw, slopes, cu_seqlens, state_in, state_out, state_slots, saved,
     num_sequences, segment_tokens,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_rt, stride_rh,
@@ -88,6 +88,7 @@ def walk_kernel(
     BACKWARDS: tl.constexpr, HAS_STATE: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
     KEEP_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
     SILU_Q: tl.constexpr, SILU_K: tl.constexpr, SILU_V: tl.constexpr, SILU_GRAD: tl.constexpr,
+    SAVE_TOKENS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment; `WITH_OUTPUT` false only carries the state to its end.
@@ -95,7 +96,8 @@ def walk_kernel(
     The state enters a forward walk as S before the first token, so the first token sees lam S. It
     enters a backward walk as the adjoint of the state after the last token, which sees it
     undecayed, and leaves as that of the state before the first, lam G. `SILU_*` apply SiLU to an
-    operand as it is loaded; `SILU_GRAD` multiplies the output by SiLU' of `raw`.
+    operand as it is loaded; `SILU_GRAD` multiplies the output by SiLU' of `raw`. `SAVE_TOKENS`
+    writes the state before every so many tokens of a forward walk, numbered as segments are.
     """
     slice_e = tl.program_id(0)
     segment = tl.program_id(1) // NUM_HEADS
@@ -108,6 +110,9 @@ def walk_kernel(
         sequence = segment
         first = tl.load(cu_seqlens + segment).to(tl.int64)
         length = (tl.load(cu_seqlens + segment + 1).to(tl.int64) - first).to(tl.int32)
+    if SAVE_TOKENS > 0:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        block = start // SAVE_TOKENS + sequence + (first - start) // SAVE_TOKENS
     log_decay = load_log_decay(slopes, head)
     count = chunk_tokens(log_decay, C)
     middle = (count // 2).to(tl.float32)
@@ -169,6 +174,11 @@ def walk_kernel(
         k_c = _load(k_at + at * stride_kt, in_d, SILU_K, COMPUTE)
         v_c = _load(v_at + at * stride_vt, in_e, SILU_V, COMPUTE)
         v_c = (v_c * col_scale[:, None]).to(COMPUTE)
+        if SAVE_TOKENS > 0:
+            done = chunk * count
+            if done % SAVE_TOKENS == 0:
+                number = (block + done // SAVE_TOKENS) * NUM_HEADS + head
+                tl.store(saved + number * (D * E) + inner, a * leaving, mask=is_inner)
         if WITH_OUTPUT:
             q_c = _load(q_at + at * stride_qt, in_d, SILU_Q, COMPUTE)
             scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
