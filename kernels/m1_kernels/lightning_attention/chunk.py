@@ -141,10 +141,10 @@ class Walk:
             source, k, v, target, pre, self.slopes, self.cu_seqlens,
             k if state is None else state, k if end is None else end,
             self.cu_seqlens if slots is None else slots, k if saved is None else saved,
-            plan.num_sequences, plan.segment_tokens,
+            plan.num_sequences, num_heads, plan.segment_tokens,
             *source.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
             *pre.stride()[:2],
-            NUM_HEADS=num_heads, D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
+            D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
             C=CHUNK, BE=how.columns, N_POWER=plan.power, IS_CUT=plan.is_cut,
             BACKWARDS=self.backwards, HAS_STATE=state is not None,
             IS_TRANSPOSED=self.is_transposed, KEEP_STATE=end is not None,
@@ -177,8 +177,8 @@ class Walk:
         scan_kernel[(triton.cdiv(size, block), self.plan.num_sequences * num_heads)](
             local, entering, local if last is None else last, local if given is None else given,
             self.slopes, self.cu_seqlens, self.cu_seqlens if slots is None else slots,
-            self.plan.segment_tokens,
-            NUM_HEADS=num_heads, SIZE=size, BLOCK=block, BACKWARDS=self.backwards,
+            num_heads, self.plan.segment_tokens,
+            SIZE=size, BLOCK=block, BACKWARDS=self.backwards,
             HAS_GIVEN=given is not None, KEEP_LAST=last is not None, HAS_SLOTS=slots is not None,
             STAGES=4, num_warps=4,
         )  # fmt: skip

@@ -21,10 +21,10 @@ _WARPS = 4
 
 @triton.jit
 def _step_kernel(
-    q, k, v, out, slopes, states, slots, num_tokens,
+    q, k, v, out, slopes, states, slots, num_heads, num_tokens,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr,
+    D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, HAS_SLOTS: tl.constexpr, IS_SILU: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
@@ -36,9 +36,9 @@ def _step_kernel(
     e = tl.program_id(0) * BE + tl.arange(0, BE)
     is_d, is_e = d < D, e < E
     q_at, k_at = row * stride_qb + head * stride_qh + d, row * stride_kb + head * stride_kh + d
-    v_at, o_at = row * stride_vb + head * stride_vh + e, row * num_tokens * (NUM_HEADS * E) + e
+    v_at, o_at = row * stride_vb + head * stride_vh + e, row * num_tokens * (num_heads * E) + e
     is_used = slot >= 0
-    at = (slot * NUM_HEADS + head) * (D * E) + d[:, None] * E + e[None, :]
+    at = (slot * num_heads + head) * (D * E) + d[:, None] * E + e[None, :]
     is_inside = is_d[:, None] & is_e[None, :] & is_used
     s = tl.load(states + at, mask=is_inside, other=0.0)
     decay = tl.exp(-tl.load(slopes + head))
@@ -54,7 +54,7 @@ def _step_kernel(
         s = decay * s + k_t[:, None] * v_t[None, :]
         o_t = tl.sum(q_t[:, None] * s, axis=0)
         tl.store(
-            out + o_at + (token * NUM_HEADS + head) * E, o_t.to(out.dtype.element_ty), mask=is_e
+            out + o_at + (token * num_heads + head) * E, o_t.to(out.dtype.element_ty), mask=is_e
         )
     tl.store(states + at, s, mask=is_inside)
 
@@ -86,9 +86,10 @@ def attention_step(
     out = q.new_empty(v.shape)
     columns = min(_COLUMNS, triton.next_power_of_2(width))
     _step_kernel[(triton.cdiv(width, columns), num_heads, num_rows)](
-        q, k, v, out, slopes, states, slopes if slots is None else slots, num_tokens,
+        q, k, v, out, slopes, states, slopes if slots is None else slots, num_heads,
+        num_tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        NUM_HEADS=num_heads, D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
+        D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
         BE=columns, HAS_SLOTS=slots is not None, IS_SILU=silu, num_warps=_WARPS,
     )  # fmt: skip
     return out

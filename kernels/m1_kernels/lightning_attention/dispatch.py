@@ -5,7 +5,6 @@ Under `torch.autocast` float32 inputs are cast to its type; slopes and states st
 Shapes: T tokens, N sequences, B rows of a batch, H heads, D key dims, E value dims.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -232,7 +231,6 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
-@cache
 def _triton() -> Any:
     try:
         from m1_kernels.lightning_attention import on_gpu

@@ -80,11 +80,11 @@ def _load(at, mask, IS_SILU: tl.constexpr, COMPUTE: tl.constexpr):
 @triton.jit
 def walk_kernel(
     q, k, v, out, raw, slopes, cu_seqlens, state_in, state_out, state_slots, saved,
-    num_sequences, segment_tokens,
+    num_sequences, num_heads, segment_tokens,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_rt, stride_rh,
-    NUM_HEADS: tl.constexpr, D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr,
-    C: tl.constexpr, BE: tl.constexpr, N_POWER: tl.constexpr, IS_CUT: tl.constexpr,
+    D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
+    N_POWER: tl.constexpr, IS_CUT: tl.constexpr,
     BACKWARDS: tl.constexpr, HAS_STATE: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
     KEEP_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
     SILU_Q: tl.constexpr, SILU_K: tl.constexpr, SILU_V: tl.constexpr, SILU_GRAD: tl.constexpr,
@@ -100,8 +100,8 @@ def walk_kernel(
     writes the state before every so many tokens of a forward walk, numbered as segments are.
     """
     slice_e = tl.program_id(0)
-    segment = tl.program_id(1) // NUM_HEADS
-    head = tl.program_id(1) % NUM_HEADS
+    segment = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
     if IS_CUT:
         sequence, first, length = find_segment(
             segment, cu_seqlens, num_sequences, segment_tokens, N_POWER
@@ -152,7 +152,7 @@ def walk_kernel(
     is_inner = is_d[:, None] & is_e[None, :]
     a = tl.zeros([D_POWER, BE], dtype=tl.float32)
     if HAS_STATE:
-        state = (segment * NUM_HEADS + head).to(tl.int64) * (D * E)
+        state = (segment * num_heads + head).to(tl.int64) * (D * E)
         a = tl.load(state_in + state + inner, mask=is_inner, other=0.0) * entering
     decay = tl.exp2(log_decay * count.to(tl.float32))
     for step in tl.range(0, num_chunks, num_stages=STAGES):
@@ -177,7 +177,7 @@ def walk_kernel(
         if SAVE_TOKENS > 0:
             done = chunk * count
             if done % SAVE_TOKENS == 0:
-                number = (block + done // SAVE_TOKENS) * NUM_HEADS + head
+                number = (block + done // SAVE_TOKENS) * num_heads + head
                 tl.store(saved + number * (D * E) + inner, a * leaving, mask=is_inner)
         if WITH_OUTPUT:
             q_c = _load(q_at + at * stride_qt, in_d, SILU_Q, COMPUTE)
@@ -202,13 +202,14 @@ def walk_kernel(
         is_kept = is_inner & (row >= 0)
         if IS_CUT:
             is_kept = is_kept & (length > 0)
-        tl.store(state_out + (row * NUM_HEADS + head) * (D * E) + inner, a * leaving, mask=is_kept)
+        tl.store(state_out + (row * num_heads + head) * (D * E) + inner, a * leaving, mask=is_kept)
 
 
 @triton.jit
 def scan_kernel(
-    local, entering, last, given, slopes, cu_seqlens, state_slots, segment_tokens,
-    NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
+    local, entering, last, given, slopes, cu_seqlens, state_slots, num_heads,
+    segment_tokens,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr,
     HAS_GIVEN: tl.constexpr, KEEP_LAST: tl.constexpr, HAS_SLOTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -216,8 +217,8 @@ def scan_kernel(
 
     Backwards, states are adjoints just before their segment's first token, lam G of it.
     """
-    sequence = tl.program_id(1) // NUM_HEADS
-    head = tl.program_id(1) % NUM_HEADS
+    sequence = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
     log_decay = load_log_decay(slopes, head)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_at = at < SIZE
@@ -227,14 +228,14 @@ def scan_kernel(
     num_segments = tl.cdiv(length, segment_tokens).to(tl.int32)
     state = tl.zeros([BLOCK], dtype=tl.float32)
     if HAS_GIVEN:
-        whole = (sequence * NUM_HEADS + head).to(tl.int64) * SIZE
+        whole = (sequence * num_heads + head).to(tl.int64) * SIZE
         state = tl.load(given + whole + at, mask=is_at, other=0.0)
     for step in tl.range(0, num_segments, num_stages=STAGES):
         if BACKWARDS:
             place = num_segments - 1 - step
         else:
             place = step
-        offset = ((begin + place) * NUM_HEADS + head) * SIZE
+        offset = ((begin + place) * num_heads + head) * SIZE
         tokens = tl.minimum(length - place.to(tl.int64) * segment_tokens, segment_tokens)
         x = tl.load(local + offset + at, mask=is_at, other=0.0)
         tl.store(entering + offset + at, state, mask=is_at)
@@ -243,4 +244,4 @@ def scan_kernel(
         row = sequence.to(tl.int64)
         if HAS_SLOTS:
             row = tl.load(state_slots + sequence).to(tl.int64)
-        tl.store(last + (row * NUM_HEADS + head) * SIZE + at, state, mask=is_at & (row >= 0))
+        tl.store(last + (row * num_heads + head) * SIZE + at, state, mask=is_at & (row >= 0))
