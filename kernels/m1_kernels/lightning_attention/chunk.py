@@ -18,8 +18,8 @@ from m1_kernels.lightning_attention.walk import CHUNK, scan_kernel, walk_kernel
 
 ENOUGH_PROGRAMS = 128
 """Walks that keep a large GPU busy; below, sequences are cut into segments."""
-WANTED_PROGRAMS = 512
-SEGMENT_TOKENS = (512, 2048)
+WANTED_PROGRAMS = 128
+SEGMENT_TOKENS = (512, 4096)
 """Fewest and most tokens of a segment."""
 
 
@@ -73,7 +73,7 @@ class Tile:
     precision: str
 
 
-def tile(dtype: torch.dtype, head_dim: int, width: int) -> Tile:
+def tile(dtype: torch.dtype, head_dim: int, width: int, *, backwards: bool = False) -> Tile:
     """Chosen by registers and shared memory on sm_90: none of the bf16 walks up to 128 spills.
 
     float16 products run in tf32, which holds float16 exactly and has the range that the decay
@@ -82,7 +82,9 @@ def tile(dtype: torch.dtype, head_dim: int, width: int) -> Tile:
     size = triton.next_power_of_2(max(head_dim, width))
     columns = min(64, triton.next_power_of_2(width))
     if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret:
-        return Tile(columns, 8 if size > 128 else 4, 2 if size > 128 else 3, tl.bfloat16, "tf32")
+        if size > 128:
+            return Tile(columns, 8, 2, tl.bfloat16, "tf32")
+        return Tile(columns, 4, 3 if backwards else 4, tl.bfloat16, "tf32")
     columns = min(32, columns)
     if dtype == torch.float32:
         return Tile(columns, 4, 1, tl.float32, "tf32x3")
@@ -111,10 +113,6 @@ class Walk:
         state: torch.Tensor | None = None,
         end: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
-        silu: tuple[bool, bool, bool] = (False, False, False),
-        raw: torch.Tensor | None = None,
-        saved: torch.Tensor | None = None,
-        save_tokens: int = 0,
     ) -> None:
         """Write outputs [T, H, E] into `out`, and states at the segments' ends into `end`.
 
@@ -126,31 +124,23 @@ class Walk:
             state: float32 [M, H, D, E] that enters the segments, or None for zeros.
             end: float32 [M, H, D, E], or a table [slots, H, D, E] with `slots`.
             slots: int [N], rows of the table; negative ones are left out.
-            silu: Which of q, k and v pass through SiLU as they are read.
-            raw: [T, H, E]; the output is multiplied by SiLU' of it.
-            saved: float32 [T // save_tokens + N, H, D, E], states before every `save_tokens`.
-            save_tokens: A multiple of the chunk, or 0.
         """
         num_heads, head_dim = k.shape[1:]
         width, plan = v.shape[-1], self.plan
-        how = tile(k.dtype, head_dim, width)
+        how = tile(k.dtype, head_dim, width, backwards=self.backwards)
         source, target = k if q is None else q, k if out is None else out
-        pre = k if raw is None else raw
         grid = (triton.cdiv(width, how.columns), plan.num_segments * num_heads)
         walk_kernel[grid](
-            source, k, v, target, pre, self.slopes, self.cu_seqlens,
+            source, k, v, target, self.slopes, self.cu_seqlens,
             k if state is None else state, k if end is None else end,
-            self.cu_seqlens if slots is None else slots, k if saved is None else saved,
+            self.cu_seqlens if slots is None else slots,
             plan.num_sequences, num_heads, plan.segment_tokens,
             *source.stride()[:2], *k.stride()[:2], *v.stride()[:2], *target.stride()[:2],
-            *pre.stride()[:2],
             D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
             C=CHUNK, BE=how.columns, N_POWER=plan.power, IS_CUT=plan.is_cut,
             BACKWARDS=self.backwards, HAS_STATE=state is not None,
             IS_TRANSPOSED=self.is_transposed, KEEP_STATE=end is not None,
             HAS_SLOTS=slots is not None, WITH_OUTPUT=q is not None,
-            SILU_Q=silu[0], SILU_K=silu[1], SILU_V=silu[2], SILU_GRAD=raw is not None,
-            SAVE_TOKENS=save_tokens,
             COMPUTE=how.compute, PRECISION=how.precision, STAGES=how.stages,
             num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
@@ -195,21 +185,15 @@ def attend(
     initial: torch.Tensor | None = None,
     final: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
-    silu: bool = False,
-    saved: torch.Tensor | None = None,
-    save_tokens: int = 0,
 ) -> torch.Tensor | None:
     """Write outputs and final states; returns the states that enter the segments, if cut."""
     entering = initial
     if forward.plan.is_cut:
         local = _states(forward, k, v)
-        forward.run(None, k, v, end=local, silu=(False, silu, silu))
+        forward.run(None, k, v, end=local)
         entering = forward.scan(local, initial, last=final, slots=slots)
         final = slots = None
-    forward.run(
-        q, k, v, out=out, state=entering, end=final, slots=slots, silu=(silu, silu, silu),
-        saved=saved, save_tokens=save_tokens,
-    )  # fmt: skip
+    forward.run(q, k, v, out=out, state=entering, end=final, slots=slots)
     return entering if forward.plan.is_cut else None
 
 
@@ -224,7 +208,6 @@ def gradients(
     d_final: torch.Tensor | None,
     into: tuple[torch.Tensor, ...],
     d_initial: torch.Tensor | None = None,
-    silu: bool = False,
 ) -> None:
     """Write dq, dk and dv [T, H, *] into `into`, and the initial state's gradient.
 
@@ -238,25 +221,21 @@ def gradients(
         d_final: float32 [N, H, D, E], or None for zeros.
         into: dq, dk, dv.
         d_initial: float32 [N, H, D, E], written, or None.
-        silu: q, k and v are the inputs of SiLU; gradients are those of these inputs.
     """
     dq, dk, dv = into
     slopes, cu_seqlens, plan = forward.slopes, forward.cu_seqlens, forward.plan
-    raw_q, raw_k, raw_v = (q, k, v) if silu else (None, None, None)
     swapped = Walk(slopes, cu_seqlens, plan, is_transposed=True)
-    swapped.run(d_out, v, k, out=dq, state=entering, silu=(False, silu, silu), raw=raw_q)
+    swapped.run(d_out, v, k, out=dq, state=entering)
     reverse = Walk(slopes, cu_seqlens, plan, backwards=True)
     adjoint = d_final
     if plan.is_cut:
         local = _states(reverse, q, d_out)
-        reverse.run(None, q, d_out, end=local, silu=(False, silu, False))
+        reverse.run(None, q, d_out, end=local)
         adjoint = reverse.scan(local, d_final, last=d_initial)
         d_initial = None
-    reverse.run(
-        k, q, d_out, out=dv, state=adjoint, end=d_initial, silu=(silu, silu, False), raw=raw_v
-    )
+    reverse.run(k, q, d_out, out=dv, state=adjoint, end=d_initial)
     swapped = Walk(slopes, cu_seqlens, plan, backwards=True, is_transposed=True)
-    swapped.run(v, d_out, q, out=dk, state=adjoint, silu=(silu, False, silu), raw=raw_k)
+    swapped.run(v, d_out, q, out=dk, state=adjoint)
 
 
 def _states(walk: Walk, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

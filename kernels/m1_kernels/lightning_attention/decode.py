@@ -13,10 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from m1_kernels.lightning_attention.walk import silu
-
 _COLUMNS = 32
 _WARPS = 4
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -48,9 +51,9 @@ def _step_kernel(
         v_t = tl.load(v + v_at + token * stride_vs, mask=is_e & is_used, other=0.0).to(tl.float32)
         if IS_SILU:
             kind = out.dtype.element_ty
-            q_t = silu(q_t).to(kind).to(tl.float32)
-            k_t = silu(k_t).to(kind).to(tl.float32)
-            v_t = silu(v_t).to(kind).to(tl.float32)
+            q_t = _silu(q_t).to(kind).to(tl.float32)
+            k_t = _silu(k_t).to(kind).to(tl.float32)
+            v_t = _silu(v_t).to(kind).to(tl.float32)
         s = decay * s + k_t[:, None] * v_t[None, :]
         o_t = tl.sum(q_t[:, None] * s, axis=0)
         tl.store(

@@ -9,6 +9,7 @@ Shapes: T tokens, N sequences, M segments, H heads, D key dims, E value dims.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from m1_kernels.lightning_attention.chunk import Plan, Walk, attend, gradients, plan, tile
 
@@ -146,30 +147,35 @@ attention.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("m1::lightning_attention_qkv", mutates_args=())
 def attention_qkv(
     qkv: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor, batch_invariant: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [T, H, D] of q, k, v = SiLU(qkv [T, H, 3, D]), and segments' states or empty."""
-    (qkv,) = _readable(qkv)
-    q, k, v = qkv.unbind(2)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Outputs [T, H, D] of q, k, v = SiLU(qkv [T, H, 3, D]), SiLU(qkv), segments' states or empty.
+
+    SiLU is a pass of its own: done by the walks as they load, it makes them four times slower.
+    """
+    activated = F.silu(qkv.contiguous())
+    q, k, v = activated.unbind(2)
     walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     out = qkv.new_empty(v.shape)
-    entering = attend(q, k, v, walk, out=out, silu=True)
-    return out, slopes.new_empty(0) if entering is None else entering
+    entering = attend(q, k, v, walk, out=out)
+    return out, activated, slopes.new_empty(0) if entering is None else entering
 
 
 @attention_qkv.register_fake
 def _(
     qkv: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor, batch_invariant: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, _, head_dim = qkv.shape
     out = qkv.new_empty((num_tokens, num_heads, head_dim))
     cut = _plan(out, head_dim, cu_seqlens, batch_invariant)
     shape = (cut.num_segments, num_heads, head_dim, head_dim)
-    return out, slopes.new_empty(shape if cut.is_cut else 0)
+    entering = slopes.new_empty(shape if cut.is_cut else 0)
+    return out, qkv.new_empty(qkv.shape), entering
 
 
 @torch.library.custom_op("m1::lightning_attention_qkv_backward", mutates_args=())
 def attention_qkv_backward(
     qkv: torch.Tensor,
+    activated: torch.Tensor,
     slopes: torch.Tensor,
     cu_seqlens: torch.Tensor,
     entering: torch.Tensor | None,
@@ -177,20 +183,21 @@ def attention_qkv_backward(
     batch_invariant: bool,
 ) -> torch.Tensor:
     """Gradient [T, H, 3, D] of the fused projection."""
-    qkv, d_out = _readable(qkv, d_out)
-    q, k, v = qkv.unbind(2)
+    qkv, (d_out,) = qkv.contiguous(), _readable(d_out)
+    q, k, v = activated.unbind(2)
     walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     d_qkv = qkv.new_empty(qkv.shape)
     gradients(
-        q, k, v, walk, entering=entering, d_out=d_out, d_final=None, into=d_qkv.unbind(2),
-        silu=True,
+        q, k, v, walk, entering=entering, d_out=d_out, d_final=None, into=d_qkv.unbind(2)
     )  # fmt: skip
+    torch.ops.aten.silu_backward.grad_input(d_qkv, qkv, grad_input=d_qkv)  # in place
     return d_qkv
 
 
 @attention_qkv_backward.register_fake
 def _(
     qkv: torch.Tensor,
+    activated: torch.Tensor,
     slopes: torch.Tensor,
     cu_seqlens: torch.Tensor,
     entering: torch.Tensor | None,
@@ -202,20 +209,21 @@ def _(
 
 def _keep_qkv(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     qkv, slopes, cu_seqlens, invariant = inputs
-    entering = output[1]
-    ctx.save_for_backward(qkv, slopes, cu_seqlens, entering if entering.numel() else None)
+    _, activated, entering = output
+    state = entering if entering.numel() else None
+    ctx.save_for_backward(qkv, activated, slopes, cu_seqlens, state)
     ctx.invariant = invariant
-    ctx.mark_non_differentiable(entering)
+    ctx.mark_non_differentiable(activated, entering)
     ctx.set_materialize_grads(False)
 
 
 def _backward_qkv(
-    ctx: Any, d_out: torch.Tensor | None, _: torch.Tensor | None
+    ctx: Any, d_out: torch.Tensor | None, *_: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     if d_out is None:
         return None, None, None, None
-    qkv, slopes, cu_seqlens, entering = ctx.saved_tensors
-    d_qkv = attention_qkv_backward(qkv, slopes, cu_seqlens, entering, d_out, ctx.invariant)
+    saved = ctx.saved_tensors
+    d_qkv = attention_qkv_backward(*saved, d_out, ctx.invariant)
     return d_qkv, None, None, None
 
 

@@ -62,42 +62,21 @@ def find_segment(number, cu_seqlens, num_sequences, segment_tokens, N_POWER: tl.
 
 
 @triton.jit
-def silu(x):
-    """SiLU in float32."""
-    return x * tl.sigmoid(x)
-
-
-@triton.jit
-def _load(at, mask, IS_SILU: tl.constexpr, COMPUTE: tl.constexpr):
-    tile = tl.load(at, mask=mask, other=0.0)
-    if IS_SILU:
-        tile = silu(tile.to(tl.float32))
-        # As torch does: the activation is rounded to the input's type before it is multiplied.
-        tile = tile.to(at.dtype.element_ty)
-    return tile.to(COMPUTE)
-
-
-@triton.jit
 def walk_kernel(
-    q, k, v, out, raw, slopes, cu_seqlens, state_in, state_out, state_slots, saved,
+    q, k, v, out, slopes, cu_seqlens, state_in, state_out, state_slots,
     num_sequences, num_heads, segment_tokens,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
-    stride_rt, stride_rh,
     D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
     N_POWER: tl.constexpr, IS_CUT: tl.constexpr,
     BACKWARDS: tl.constexpr, HAS_STATE: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
     KEEP_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
-    SILU_Q: tl.constexpr, SILU_K: tl.constexpr, SILU_V: tl.constexpr, SILU_GRAD: tl.constexpr,
-    SAVE_TOKENS: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment; `WITH_OUTPUT` false only carries the state to its end.
 
     The state enters a forward walk as S before the first token, so the first token sees lam S. It
     enters a backward walk as the adjoint of the state after the last token, which sees it
-    undecayed, and leaves as that of the state before the first, lam G. `SILU_*` apply SiLU to an
-    operand as it is loaded; `SILU_GRAD` multiplies the output by SiLU' of `raw`. `SAVE_TOKENS`
-    writes the state before every so many tokens of a forward walk, numbered as segments are.
+    undecayed, and leaves as that of the state before the first, lam G.
     """
     slice_e = tl.program_id(0)
     segment = tl.program_id(1) // num_heads
@@ -110,9 +89,6 @@ def walk_kernel(
         sequence = segment
         first = tl.load(cu_seqlens + segment).to(tl.int64)
         length = (tl.load(cu_seqlens + segment + 1).to(tl.int64) - first).to(tl.int32)
-    if SAVE_TOKENS > 0:
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        block = start // SAVE_TOKENS + sequence + (first - start) // SAVE_TOKENS
     log_decay = load_log_decay(slopes, head)
     count = chunk_tokens(log_decay, C)
     middle = (count // 2).to(tl.float32)
@@ -142,9 +118,6 @@ def walk_kernel(
     if WITH_OUTPUT:
         q_at = q + first * stride_qt + head * stride_qh + i[:, None] * stride_qt + d[None, :]
         o_at = out + first * stride_ot + head * stride_oh + i[:, None] * stride_ot + e[None, :]
-        if SILU_GRAD:
-            r_at = raw + first * stride_rt + head * stride_rh
-            r_at += i[:, None] * stride_rt + e[None, :]
     if IS_TRANSPOSED:
         inner = e[None, :] * D + d[:, None]
     else:
@@ -171,24 +144,15 @@ def walk_kernel(
             in_e = is_inside
         else:
             in_e = is_inside & is_e[None, :]
-        k_c = _load(k_at + at * stride_kt, in_d, SILU_K, COMPUTE)
-        v_c = _load(v_at + at * stride_vt, in_e, SILU_V, COMPUTE)
+        k_c = tl.load(k_at + at * stride_kt, mask=in_d, other=0.0).to(COMPUTE)
+        v_c = tl.load(v_at + at * stride_vt, mask=in_e, other=0.0).to(COMPUTE)
         v_c = (v_c * col_scale[:, None]).to(COMPUTE)
-        if SAVE_TOKENS > 0:
-            done = chunk * count
-            if done % SAVE_TOKENS == 0:
-                number = (block + done // SAVE_TOKENS) * num_heads + head
-                tl.store(saved + number * (D * E) + inner, a * leaving, mask=is_inner)
         if WITH_OUTPUT:
-            q_c = _load(q_at + at * stride_qt, in_d, SILU_Q, COMPUTE)
+            q_c = tl.load(q_at + at * stride_qt, mask=in_d, other=0.0).to(COMPUTE)
             scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
             o_c = tl.dot(q_c, a.to(COMPUTE), input_precision=PRECISION)
             scores = tl.where(visible, scores, 0.0).to(COMPUTE)
             o_c = tl.dot(scores, v_c, o_c, input_precision=PRECISION) * row_scale[:, None]
-            if SILU_GRAD:
-                r_c = tl.load(r_at + at * stride_rt, mask=in_e, other=0.0).to(tl.float32)
-                gate = tl.sigmoid(r_c)
-                o_c = o_c * (gate * (1.0 + r_c * (1.0 - gate)))
             tl.store(o_at + at * stride_ot, o_c.to(out.dtype.element_ty), mask=in_e)
         a = tl.dot(tl.trans(k_c), v_c, a, input_precision=PRECISION)
         if BACKWARDS:
