@@ -240,3 +240,28 @@ def test_slopes_may_divide_by_a_little_more_than_the_last_layers_index():
 def test_a_single_layer_counts_as_the_first():
     alone = lightning_slopes(4, layer_index=0, num_layers=1)
     assert torch.equal(alone, lightning_slopes(4, layer_index=0, num_layers=12))
+
+
+def test_gradients_of_the_chunked_form_are_its_derivatives():
+    """`gradcheck` in float64: outputs and final states in q, k, v and the initial state."""
+    slopes, cu_seqlens = torch.tensor([0.5, 1e-4]), bounds([5, 1, 9])
+    given = [x.double().requires_grad_() for x in inputs(15, key_dim=3, value_dim=2)]
+    state = torch.randn(3, 2, 3, 2, generator=torch.Generator().manual_seed(1)).double()
+
+    def work(q, k, v, initial):
+        out = chunked(q, k, v, slopes, cu_seqlens, initial, chunk=4)
+        return out, final_states(k, v, slopes, cu_seqlens, initial)
+
+    assert torch.autograd.gradcheck(work, (*given, state.requires_grad_()))
+
+
+def test_the_chunked_form_continues_from_an_initial_state():
+    (q, k, v), slopes = inputs(70), torch.tensor([0.5, 0.06])
+    cu_seqlens = bounds([33, 37])
+    state = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected, expected_final = recurrent(q, k, v, slopes, cu_seqlens, state)
+    out, final = lightning_attention(
+        q, k, v, slopes, cu_seqlens, initial_state=state, output_final_state=True
+    )
+    assert relative_error(out, expected) < TOLERANCE
+    assert relative_error(final, expected_final) < TOLERANCE

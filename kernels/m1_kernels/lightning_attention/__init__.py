@@ -5,8 +5,10 @@ Packed sequences throughout: q, k, v are [T, H, D] and `cu_seqlens` marks the se
 
 from m1_kernels.lightning_attention.context import AllGather, lightning_attention_context
 from m1_kernels.lightning_attention.dispatch import (
+    copy_state,
     gated_norm,
     lightning_attention,
+    lightning_attention_prefill,
     lightning_attention_qkv,
     lightning_attention_step,
 )
@@ -14,9 +16,11 @@ from m1_kernels.lightning_attention.slopes import lightning_slopes
 
 __all__ = [
     "AllGather",
+    "copy_state",
     "gated_norm",
     "lightning_attention",
     "lightning_attention_context",
+    "lightning_attention_prefill",
     "lightning_attention_qkv",
     "lightning_attention_step",
     "lightning_slopes",

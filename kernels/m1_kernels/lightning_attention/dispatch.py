@@ -1,12 +1,16 @@
-"""The public entry points, which choose an implementation by device."""
+"""The public entry points: they check their arguments and choose an implementation by device.
 
-from functools import cache
+Under `torch.autocast` float32 inputs are cast to its type; slopes and states stay float32.
+
+Shapes: T tokens, N sequences, B rows of a batch, H heads, D key dims, E value dims.
+"""
+
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from m1_kernels.lightning_attention import reference
+from m1_kernels.lightning_attention import checks, reference
 
 
 def lightning_attention(
@@ -16,34 +20,53 @@ def lightning_attention(
     slopes: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
+    initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Causal lightning attention over packed sequences.
+    """Causal lightning attention over packed sequences, differentiable in q, k, v and the state.
 
     Args:
-        q: [T, H, D].
+        q: [T, H, D] in bfloat16, float16 or float32; tokens and heads may be strided. On a GPU D
+            and E are 16, 32, 64, 96, 128 or 256.
         k: [T, H, D].
         v: [T, H, E].
-        slopes: float32 [H], decay rates.
-        cu_seqlens: int [N + 1], bounds of the sequences, first 0 and last T.
+        slopes: float32 [H], decay rates from 0 up.
+        cu_seqlens: int32 or int64 [N + 1], bounds of the sequences, first 0 and last T.
+        initial_state: float32 [N, H, D, E], the states before the sequences, or None for zeros.
         output_final_state: Also return the state after each sequence.
+        batch_invariant: Cut a sequence by its own length only, so that its results are bitwise
+            the same whatever it is packed with; slower for several long sequences of few heads.
 
     Returns:
         Outputs [T, H, E] in q's dtype, and float32 final states [N, H, D, E] or None.
 
     Raises:
         ImportError: The tensors are on a GPU and Triton is not installed.
+        ValueError: An argument has a shape, dtype or device that cannot work.
     """
+    q, k, v = _autocast(q, k, v)
+    checks.check_heads(q, k, v, slopes)
+    checks.check_bounds(cu_seqlens, q.shape[0], q.device)
+    _check_initial(initial_state, k, v, cu_seqlens)
     if q.is_cuda:
-        attend = _triton().lightning_attention_triton
-        return attend(q, k, v, slopes, cu_seqlens, output_final_state=output_final_state)  # type: ignore[no-any-return]
-    out = reference.chunked(q, k, v, slopes, cu_seqlens)
-    final = reference.final_states(k, v, slopes, cu_seqlens) if output_final_state else None
-    return out, final
+        state = None if initial_state is None else initial_state.contiguous()
+        out, final, _ = _triton().attention(
+            q, k, v, slopes, cu_seqlens, state, output_final_state, batch_invariant
+        )
+        return out, final if output_final_state else None
+    out = reference.chunked(q, k, v, slopes, cu_seqlens, initial_state)
+    if not output_final_state:
+        return out, None
+    return out, reference.final_states(k, v, slopes, cu_seqlens, initial_state)
 
 
 def lightning_attention_qkv(
-    qkv: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor
+    qkv: torch.Tensor,
+    slopes: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Causal lightning attention of q, k, v = SiLU(qkv), what a lightning layer trains with.
 
@@ -51,14 +74,126 @@ def lightning_attention_qkv(
         qkv: [T, H, 3, D].
         slopes: float32 [H].
         cu_seqlens: int [N + 1].
+        batch_invariant: As in `lightning_attention`.
 
     Returns:
         Outputs [T, H, D] in qkv's dtype.
+
+    Raises:
+        ImportError: The tensors are on a GPU and Triton is not installed.
+        ValueError: An argument has a shape, dtype or device that cannot work.
     """
+    (qkv,) = _autocast(qkv)
+    checks.check_qkv(qkv, slopes)
+    checks.check_bounds(cu_seqlens, qkv.shape[0], qkv.device)
     if qkv.is_cuda:
-        return _triton().lightning_attention_qkv_triton(qkv, slopes, cu_seqlens)  # type: ignore[no-any-return]
+        out: torch.Tensor = _triton().attention_qkv(qkv, slopes, cu_seqlens, batch_invariant)[0]
+        return out
     q, k, v = F.silu(qkv).unbind(2)
     return reference.chunked(q, k, v, slopes, cu_seqlens)
+
+
+def lightning_attention_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    initial_state: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """Attend over prompts and write the state after each into its slot; without gradients.
+
+    Args:
+        q: [T, H, D].
+        k: [T, H, D].
+        v: [T, H, E].
+        slopes: float32 [H].
+        cu_seqlens: int [N + 1].
+        states: float32 [slots, H, D, E], contiguous; rows `slots` are overwritten.
+        slots: int [N], no two alike; a negative one drops its sequence's state.
+        initial_state: float32 [N, H, D, E], or None for zeros.
+        batch_invariant: As in `lightning_attention`.
+
+    Returns:
+        Outputs [T, H, E] in q's dtype.
+
+    Raises:
+        ImportError: The tensors are on a GPU and Triton is not installed.
+        ValueError: An argument has a shape, dtype or device that cannot work.
+    """
+    checks.check_heads(q, k, v, slopes)
+    checks.check_bounds(cu_seqlens, q.shape[0], q.device)
+    _check_initial(initial_state, k, v, cu_seqlens)
+    shape = (*k.shape[1:], v.shape[-1])
+    checks.check_table(states, slots, cu_seqlens.shape[0] - 1, shape, q.device)
+    if q.is_cuda:
+        state = None if initial_state is None else initial_state.contiguous()
+        return _triton().attention_prefill(  # type: ignore[no-any-return]
+            q, k, v, slopes, cu_seqlens, states, slots, state, batch_invariant
+        )
+    final = reference.final_states(k, v, slopes, cu_seqlens, initial_state)
+    states[slots[slots >= 0].long()] = final[slots >= 0]
+    return reference.chunked(q, k, v, slopes, cu_seqlens, initial_state)
+
+
+def lightning_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> torch.Tensor:
+    """Decode one token, or a few, for each of B rows; updates `states` in place.
+
+    Nothing is read on the host, so that a call can be captured in a CUDA graph.
+
+    Args:
+        q: [B, H, D], or [B, S, H, D] for S tokens per row.
+        k: As q.
+        v: [B, H, E] or [B, S, H, E].
+        slopes: float32 [H].
+        states: float32 [slots, H, D, E], contiguous.
+        slots: int [B], each row's place in the table, no two alike; rows with a negative one are
+            left out and give zeros. None: row b has slot b.
+        silu: q, k and v pass through SiLU first.
+
+    Returns:
+        Outputs shaped as v, in q's dtype.
+
+    Raises:
+        ImportError: The tensors are on a GPU and Triton is not installed.
+        ValueError: An argument has a shape, dtype or device that cannot work.
+    """
+    if q.dim() == 3:
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+        return lightning_attention_step(q, k, v, slopes, states, slots, silu=silu).squeeze(1)
+    checks.check_heads(q, k, v, slopes, num_dims=4)
+    checks.check_table(states, slots, q.shape[0], (*k.shape[2:], v.shape[-1]), q.device)
+    if q.is_cuda:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return _triton().attention_step(q, k, v, slopes, states, slots, silu)  # type: ignore[no-any-return]
+    if silu:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    return reference.step(q, k, v, slopes, states, slots)
+
+
+def copy_state(states: torch.Tensor, source: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy one slot's state to G others, for sampling a group from one prompt.
+
+    Args:
+        states: float32 [slots, H, D, E], rows `targets` are overwritten.
+        source: int [1], the slot of the prompt.
+        targets: int [G], slots that differ from each other.
+    """
+    copies = states.index_select(0, source).expand(targets.shape[0], *states.shape[1:])
+    states.index_copy_(0, targets, copies)
 
 
 def gated_norm(
@@ -80,7 +215,22 @@ def gated_norm(
     return torch.sigmoid(gate) * F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-@cache
+def _check_initial(
+    state: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor
+) -> None:
+    if state is not None:
+        shape = (cu_seqlens.shape[0] - 1, *k.shape[1:], v.shape[-1])
+        checks.check_state("initial_state", state, shape, k.device)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
 def _triton() -> Any:
     try:
         from m1_kernels.lightning_attention import on_gpu
@@ -90,21 +240,3 @@ def _triton() -> Any:
             "pip install triton"
         ) from error
     return on_gpu
-
-
-def lightning_attention_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    """One decoding step for B sequences; `state` float32 [B, H, D, E] is updated in place.
-
-    Args:
-        q: [B, H, D].
-        k: [B, H, D].
-        v: [B, H, E].
-        slopes: float32 [H].
-        state: float32 [B, H, D, E].
-
-    Returns:
-        Outputs [B, H, E] in q's dtype.
-    """
-    return reference.step(q, k, v, slopes, state)

@@ -1,9 +1,13 @@
 """The Triton implementations, behind one import."""
 
-from m1_kernels.lightning_attention.chunk import (
-    lightning_attention_qkv_triton,
-    lightning_attention_triton,
-)
+from m1_kernels.lightning_attention.decode import attention_step
 from m1_kernels.lightning_attention.gated_norm import GatedNormFunction
+from m1_kernels.lightning_attention.ops import attention, attention_prefill, attention_qkv
 
-__all__ = ["GatedNormFunction", "lightning_attention_qkv_triton", "lightning_attention_triton"]
+__all__ = [
+    "GatedNormFunction",
+    "attention",
+    "attention_prefill",
+    "attention_qkv",
+    "attention_step",
+]

@@ -54,6 +54,7 @@ def chunked(
     v: torch.Tensor,
     slopes: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
     *,
     chunk: int = 32,
 ) -> torch.Tensor:
@@ -75,11 +76,53 @@ def chunked(
         v: [T, H, E].
         slopes: float32 [H].
         cu_seqlens: int [N + 1].
+        initial_state: [N, H, D, E], or None for zeros.
         chunk: Tokens per chunk.
 
     Returns:
-        Outputs [T, H, E] in q's dtype; arithmetic in float32.
+        Outputs [T, H, E] in q's dtype; arithmetic in float32, of float64 inputs in float64.
     """
+    out = _chunked(q, k, v, slopes.to(_arithmetic(q)), cu_seqlens, chunk)
+    if initial_state is not None:
+        out = out + carried(q, slopes, cu_seqlens, initial_state)
+    return out.to(q.dtype)
+
+
+def carried(
+    q: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor, state: torch.Tensor
+) -> torch.Tensor:
+    """What the states that enter the sequences add to the outputs: lam^(i+1) q_i S.
+
+    Args:
+        q: [T, H, D].
+        slopes: float32 [H].
+        cu_seqlens: int [N + 1].
+        state: [N, H, D, E].
+
+    Returns:
+        [T, H, E] in float32, of float64 q in float64.
+    """
+    arithmetic, lengths = _arithmetic(q), cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    position = torch.arange(q.shape[0], device=q.device) - starts
+    weight = torch.exp(-slopes[None].to(arithmetic) * (position[:, None] + 1))  # [T, H]
+    parts = torch.split(q.to(arithmetic) * weight[..., None], lengths.tolist())
+    pairs = zip(parts, state.to(arithmetic), strict=True)
+    return torch.cat([torch.einsum("thd,hde->the", rows, entering) for rows, entering in pairs])
+
+
+def _arithmetic(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _chunked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    chunk: int,
+) -> torch.Tensor:
     num_tokens = q.shape[0]
     num_chunks = -(-num_tokens // chunk)
     pad = num_chunks * chunk - num_tokens
@@ -87,73 +130,102 @@ def chunked(
     sequence = _sequence_of_token(cu_seqlens, num_chunks * chunk).view(num_chunks, chunk)
 
     i = torch.arange(chunk, device=q.device)
-    distance = (i[:, None] - i[None, :]).float()
+    distance = (i[:, None] - i[None, :]).to(slopes.dtype)
     decay = torch.exp(-slopes[:, None, None] * distance.clamp(min=0)) * (distance >= 0)  # [H, C, C]
-    same = (sequence[:, :, None] == sequence[:, None, :]).float()  # [M, C, C]
+    same = (sequence[:, :, None] == sequence[:, None, :]).to(slopes.dtype)  # [M, C, C]
     scores = (q_c @ k_c.transpose(-1, -2)) * decay[:, None] * same
     out = scores @ v_c
     if num_chunks == 1:
-        return _join_chunks(out, num_tokens).to(q.dtype)
+        return _join_chunks(out, num_tokens)
 
-    in_last = (sequence == sequence[:, -1:]).float()  # token reaches the chunk's end
-    k_weight = torch.exp(-slopes[:, None] * (chunk - 1 - i).float())[:, None] * in_last  # [H, M, C]
+    in_last = (sequence == sequence[:, -1:]).to(slopes.dtype)  # token reaches the chunk's end
+    k_weight = torch.exp(-slopes[:, None] * (chunk - 1 - i))[:, None] * in_last  # [H, M, C]
     local = (k_c * k_weight[..., None]).transpose(-1, -2) @ v_c  # K_n: [H, M, D, E]
     m = torch.arange(num_chunks, device=q.device)
-    gap = (m[:, None] - 1 - m[None, :]).float()
+    gap = (m[:, None] - 1 - m[None, :]).to(slopes.dtype)
     linked = (gap >= 0) & (sequence[:, :1] == sequence[:, -1])  # [M, M]
     carry = torch.exp(-slopes[:, None, None] * chunk * gap.clamp(min=0)) * linked  # [H, M, M]
     states = (carry @ local.flatten(2)).view_as(local)  # S_m
-    in_first = (sequence == sequence[:, :1]).float()  # token continues what the chunk began with
-    q_weight = torch.exp(-slopes[:, None] * (i + 1).float())[:, None] * in_first
+    in_first = (sequence == sequence[:, :1]).to(
+        slopes.dtype
+    )  # token continues what the chunk began with
+    q_weight = torch.exp(-slopes[:, None] * (i + 1))[:, None] * in_first
     out = out + (q_c * q_weight[..., None]) @ states
-    return _join_chunks(out, num_tokens).to(q.dtype)
+    return _join_chunks(out, num_tokens)
 
 
 def final_states(
-    k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, cu_seqlens: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """State after the last token of every sequence: S = sum_t lam^(len-1-t) k_t^T v_t.
+    """State after every sequence's last token: S = lam^len S_0 + sum_t lam^(len-1-t) k_t^T v_t.
 
     Args:
         k: [T, H, D].
         v: [T, H, E].
         slopes: float32 [H].
         cu_seqlens: int [N + 1].
+        initial_state: [N, H, D, E], or None for zeros.
 
     Returns:
-        float32 [N, H, D, E].
+        float32 [N, H, D, E], of float64 inputs in float64.
     """
-    lengths = cu_seqlens.diff()
+    lengths, arithmetic = cu_seqlens.diff(), _arithmetic(k)
+    slopes = slopes.to(arithmetic)
     position = torch.arange(k.shape[0], device=k.device)
     to_end = torch.repeat_interleave(cu_seqlens[1:], lengths) - 1 - position
-    weighted = k.float() * torch.exp(-slopes[None] * to_end[:, None].float())[..., None]
+    weighted = k.to(arithmetic) * torch.exp(-slopes[None] * to_end[:, None])[..., None]
     split = lengths.tolist()
-    pairs = zip(torch.split(weighted, split), torch.split(v.float(), split), strict=True)
-    return torch.stack([torch.einsum("thd,the->hde", a, b) for a, b in pairs])
+    pairs = zip(torch.split(weighted, split), torch.split(v.to(arithmetic), split), strict=True)
+    final = torch.stack([torch.einsum("thd,the->hde", a, b) for a, b in pairs])
+    if initial_state is None:
+        return final
+    return final + torch.exp(-slopes[None] * lengths[:, None])[..., None, None] * initial_state
 
 
 def step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slopes: torch.Tensor, state: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slopes: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token for each of B sequences; updates `state` in place.
+    """S tokens for each of B rows; updates the rows' places in a table of states in place.
 
     Args:
-        q: [B, H, D].
-        k: [B, H, D].
-        v: [B, H, E].
+        q: [B, S, H, D].
+        k: [B, S, H, D].
+        v: [B, S, H, E].
         slopes: float32 [H].
-        state: float32 [B, H, D, E], overwritten with S_t.
+        states: float32 [slots, H, D, E].
+        slots: int [B], negative for rows that are left out and give zeros; None: row b has slot b.
 
     Returns:
-        Outputs [B, H, E] in q's dtype.
+        Outputs [B, S, H, E] in q's dtype.
     """
-    state.mul_(torch.exp(-slopes)[None, :, None, None])
-    state.addcmul_(k.float()[..., None], v.float()[:, :, None, :])
-    return torch.matmul(q.float()[:, :, None, :], state)[:, :, 0].to(q.dtype)
+    if slots is not None:
+        used = (slots >= 0).nonzero()[:, 0]
+        place = slots[used].long()
+        chosen = states[place]
+        out = torch.zeros_like(v)
+        out[used] = step(q[used], k[used], v[used], slopes, chosen)
+        states[place] = chosen
+        return out
+    decay = torch.exp(-slopes)[None, :, None, None]
+    outputs = []
+    for q_t, k_t, v_t in zip(*(x.float().unbind(1) for x in (q, k, v)), strict=True):
+        states.mul_(decay).addcmul_(k_t[..., None], v_t[:, :, None, :])
+        outputs.append(torch.matmul(q_t[:, :, None, :], states)[:, :, 0])
+    return torch.stack(outputs, dim=1).to(q.dtype)
 
 
 def _split_chunks(x: torch.Tensor, num_chunks: int, chunk: int, pad: int) -> torch.Tensor:
-    x = F.pad(x.float(), (0, 0, 0, 0, 0, pad)) if pad else x.float()
+    x = x.to(_arithmetic(x))
+    x = F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x
     return x.view(num_chunks, chunk, *x.shape[1:]).permute(2, 0, 1, 3)
 
 
