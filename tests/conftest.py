@@ -19,6 +19,7 @@ settings.load_profile("m1")
 torch.set_num_threads(1)
 cpu.without_compilation()  # before any test imports megatron-core
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist a module stays on one worker, and so do all that share the pipeline's run."""
     for item in items:
