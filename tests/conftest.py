@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 cpu.without_compilation()  # before any test imports megatron-core
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist a module stays on one worker, and so do all that share the pipeline's run."""
     for item in items:
