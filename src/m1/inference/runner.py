@@ -143,8 +143,7 @@ class ModelRunner:
         return torch.cat(parts, dim=-1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        eps = self.parameters.config.layernorm_epsilon
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+        return rms_norm(x, weight, self.parameters.config.layernorm_epsilon)
 
     def _lightning(
         self,
@@ -214,7 +213,9 @@ class ModelRunner:
     ) -> torch.Tensor:
         group, eps = self.parameters.tensor_group, self.parameters.config.lightning_norm_epsilon
         if group is None:
-            return gated_norm(x, gate.contiguous() if gate.is_cuda else gate, weight, eps)
+            if x.is_cuda:
+                return gated_norm(x, gate.contiguous(), weight, eps)
+            return rms_norm(x, weight, eps).mul_(torch.sigmoid(gate))
         total = _reduced(x.float().square().sum(-1, keepdim=True), group)
         scale = torch.rsqrt(total / (x.shape[-1] * group.size()) + eps)
         return torch.sigmoid(gate) * ((x.float() * scale).to(x.dtype) * weight)
@@ -283,6 +284,15 @@ class ModelRunner:
         if scales.beta != 1:
             branch = branch * scales.beta
         return torch.add(branch, residual, alpha=scales.alpha)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of rows in float32, in x's dtype; on CPUs in fewer passes than torch's own."""
+    if x.is_cuda or x.dtype != torch.float32:
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean_square = torch.mul(norm, norm).mul_(1 / x.shape[-1])
+    return (x * mean_square.add_(eps).rsqrt_()).mul_(weight)
 
 
 def _bounds(step: Step, device: torch.device) -> torch.Tensor:
