@@ -54,7 +54,7 @@ class Cache:
     def copy_slot(self, source: int, targets: list[int]) -> None:
         """Give other slots the states of one."""
         if targets:
-            self.states[:, targets] = self.states[:, source : source + 1]
+            self.states[:, targets] = self.states[:, source : source + 1].clone()
 
     def copy_page(self, source: int, target: int) -> None:
         """Give another page the content of one."""

@@ -297,7 +297,7 @@ class EngineCore:
             places=torch.cat(places),
             decode=rows.decode if rows else None,
             chunks=[chunk for _, chunk in chunks],
-            logits_of=torch.tensor(logits_of, device=device) if chunks else None,
+            logits_of=torch.tensor(logits_of, dtype=torch.int64, device=device) if chunks else None,
         )
 
     def _note_prefilled(
@@ -373,7 +373,7 @@ class EngineCore:
         return finished
 
     def _keep_turn(self, sequence: Sequence) -> None:
-        if self.scheduler.prefixes._capacity and sequence.slot >= 0:
+        if self.scheduler.prefixes.capacity and sequence.slot >= 0:
             known = sequence.prompt + tuple(sequence.tokens[:-1])
             self.scheduler.prefixes.keep(known, sequence.slot, sequence.pages)
 

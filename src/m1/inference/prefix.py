@@ -30,8 +30,9 @@ class PrefixCache:
     def __init__(self, cache: Cache, pool: PagePool, *, max_bytes: int) -> None:
         self._cache, self._pool = cache, pool
         state = cache.states[:, 0]
-        self._capacity = max_bytes // max(1, state.numel() * state.element_size())
+        self.capacity = max_bytes // max(1, state.numel() * state.element_size())
         self._snapshots: list[Snapshot] = []
+        """Snapshots that fit."""
         self.hits = self.misses = 0
 
     def __len__(self) -> int:
@@ -39,11 +40,11 @@ class PrefixCache:
 
     def keep(self, tokens: tuple[int, ...], slot: int, pages: list[int]) -> None:
         """Remember what slot and pages hold after `tokens`."""
-        if not self._capacity or not tokens:
+        if not self.capacity or not tokens:
             return
         if any(known.tokens == tokens for known in self._snapshots):
             return
-        while len(self._snapshots) >= self._capacity:
+        while len(self._snapshots) >= self.capacity:
             self.drop_oldest()
         used = pages[: -(-len(tokens) // self._cache.page_size)]
         self._pool.share(used)
