@@ -240,7 +240,9 @@ class EngineCore:
             members=list(running),
             page_counts=counts,
             decode=DecodeRows(
-                slots=slice(slots[0], slots[-1] + 1) if is_range else torch.tensor(slots).to(device),
+                slots=slice(slots[0], slots[-1] + 1)
+                if is_range
+                else torch.tensor(slots).to(device),
                 pages=torch.tensor(pages).to(device),
                 lengths=(positions + 1).to(device),
                 count=len(slots),
@@ -300,15 +302,16 @@ class EngineCore:
             logits_of=torch.tensor(logits_of, dtype=torch.int64, device=device) if chunks else None,
         )
 
-    def _note_prefilled(
-        self, chunks: list[tuple[Prefill, Chunk]], logits: torch.Tensor
-    ) -> None:
+    def _note_prefilled(self, chunks: list[tuple[Prefill, Chunk]], logits: torch.Tensor) -> None:
         finished = 0
         for prefill, chunk in chunks:
             prefill.done += chunk.count
             self.num_prefilled += chunk.count
             if prefill.done == len(prefill.tokens):
-                prefill.logits, prefill.version = logits[finished : finished + 1], self.policy_version
+                prefill.logits, prefill.version = (
+                    logits[finished : finished + 1],
+                    self.policy_version,
+                )
                 finished += 1
                 self.scheduler.prefixes.keep(prefill.tokens, prefill.slot, prefill.pages)
 

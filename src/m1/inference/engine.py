@@ -10,7 +10,8 @@ from m1.config.schema import RepetitionStopConfig, SamplingConfig
 from m1.inference.core import EngineCore, EngineLimits
 from m1.inference.params import SamplingParams
 from m1.inference.sequences import Sequence
-from m1.types import Completion
+from m1.inference.weights import apply, stage
+from m1.types import Completion, M1Error
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Engine(Protocol):
         self, requests: Items[Request], sampling: SamplingConfig
     ) -> list[list[Completion]]:
         """Completions of every request, in order of its seeds."""
+
+    def load_weights(self, uri: str, version: int) -> None:
+        """Go on with the weights at `uri`; see `m1.inference.weights`.
+
+        Raises:
+            M1Error: They are torn, corrupt or another model's, or older; the old ones stay.
+        """
 
 
 class LocalEngine:
@@ -87,6 +95,16 @@ class LocalEngine:
             core.step()
         return [[completion(sequence) for sequence in group] for group in groups]
 
+    def load_weights(self, uri: str, version: int) -> None:
+        """Copy the weights at `uri` into the model; see `m1.inference.weights`.
+
+        Raises:
+            M1Error: They are torn, corrupt or another model's, or older; the old ones stay.
+        """
+        require_newer(version, self.policy_version)
+        apply(stage(uri, self.model), self.model)
+        self.policy_version = version
+
     def _prepared(self, requests: Items[Request], params: SamplingParams) -> EngineCore:
         limits = self._limits or EngineLimits()
         limits = replace(limits, num_slots=self.max_sequences)
@@ -100,6 +118,14 @@ class LocalEngine:
             self._core = core
         core.weights_changed(version=self.policy_version, recompute=False)
         return core
+
+
+def require_newer(version: int, current: int) -> None:
+    """Raise unless a policy version may follow another."""
+    if version < current:
+        raise M1Error(
+            f"version is {version}, but the engine is at {current}; versions never go back"
+        )
 
 
 def completion(sequence: Sequence) -> Completion:

@@ -16,10 +16,8 @@ DENSE_TOKENS = 256
 """Up to here every expert multiplies every token: reading its weights takes as long, on a GPU."""
 
 
-def experts(
-    x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear
-) -> torch.Tensor:
-    """sum over the chosen experts e of w_e fc2_e [SiLU(gate_e x) * up_e x], plus a shared expert.
+def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear) -> torch.Tensor:
+    """Sum over the chosen experts e of w_e fc2_e [SiLU(gate_e x) * up_e x], plus a shared expert.
 
     w: softmax over the logits of the k chosen (PAPER sec. 1), in float32. Over several ranks the
     result is this rank's part of the sum.

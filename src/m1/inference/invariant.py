@@ -11,7 +11,7 @@ import torch
 
 
 def invariant_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x w^T, row by row.
+    """X w^T, row by row.
 
     Args:
         x: [T, K].

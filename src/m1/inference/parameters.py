@@ -84,8 +84,10 @@ class Parameters:
     config: HybridConfig
     embedding: torch.Tensor
     """[V / tensor ranks, h]."""
+    stored_head: torch.Tensor
+    """[V / tensor ranks, h], which may be the embedding."""
     head: torch.Tensor
-    """float32 [V / tensor ranks, h]."""
+    """float32, the same tensor where that is float32 already."""
     final_norm: torch.Tensor
     inverse_frequencies: torch.Tensor
     """float32 [rotary_dim / 2]."""
@@ -117,6 +119,7 @@ def read_parameters(model: torch.nn.Module) -> Parameters:
     found = Parameters(
         config=config,
         embedding=embedding,
+        stored_head=head,
         head=head.float(),
         final_norm=gpt.decoder.final_layernorm.weight.detach(),
         inverse_frequencies=gpt.rotary_pos_emb.inv_freq.detach().to(embedding.device),
@@ -131,8 +134,6 @@ def read_parameters(model: torch.nn.Module) -> Parameters:
         layer = _layer(module, config, counts)
         counts[type(layer.attention)] += 1
         found.layers.append(layer)
-    if found.device.type == "cpu":
-        copy_joined(found)
     return found
 
 

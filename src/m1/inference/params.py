@@ -53,7 +53,9 @@ class SamplingParams:
             ),
             (all(self.stop_strings), "stop_strings", "must not hold an empty text"),
         )
-        wrong = [f"{name} is {getattr(self, name)!r}, but {why}" for ok, name, why in checks if not ok]
+        wrong = [
+            f"{name} is {getattr(self, name)!r}, but {why}" for ok, name, why in checks if not ok
+        ]
         if wrong:
             raise M1Error("; ".join(wrong) + "; change it")
 

@@ -55,7 +55,9 @@ class PrefixCache:
         best = None
         for known in self._snapshots:
             size = len(known.tokens)
-            if (best is None or size > len(best.tokens)) and tokens[:size] == known.tokens != tokens:
+            if (best is None or size > len(best.tokens)) and tokens[
+                :size
+            ] == known.tokens != tokens:
                 best = known
         if best is None:
             self.misses += 1

@@ -87,13 +87,15 @@ class ModelRunner:
             model: From `m1.model.build`, all layers on every rank.
             linear: y = x w^T; `m1.inference.invariant` has one whose bits do not depend on T.
         """
-        self.parameters = read_parameters(model)
         self.linear = linear
         self.is_invariant = linear is not F.linear
+        self.parameters = read_parameters(model)
+        self.refresh()
 
     def refresh(self) -> None:
         """Take notice that the weights have changed."""
-        if self.parameters.device.type == "cpu":
+        self.parameters.head = self.parameters.stored_head.float()
+        if self.parameters.device.type == "cpu" and not self.is_invariant:
             copy_joined(self.parameters)
 
     @torch.inference_mode()

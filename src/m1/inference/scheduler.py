@@ -203,7 +203,11 @@ class Scheduler:
                 continue
             prefill = max(self.prefilling, key=attrgetter("order"), default=None)
             sequence = max(self.running, key=attrgetter("order"), default=None)
-            if prefill and prefill.order > order and not (sequence and sequence.order > prefill.order):
+            if (
+                prefill
+                and prefill.order > order
+                and not (sequence and sequence.order > prefill.order)
+            ):
                 self._send_back(prefill)
             elif sequence and sequence.order > order:
                 self.preempt(sequence)

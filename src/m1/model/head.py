@@ -49,7 +49,7 @@ class FloatHead(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def split_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x w^T in float32 by BF16 tensor cores, without gradient: x [T, h] bfloat16, w [V, h]."""
+    """X w^T in float32 by BF16 tensor cores, without gradient: x [T, h] bfloat16, w [V, h]."""
     parts, rest = [], w
     for _ in range(3):
         parts.append(rest.to(torch.bfloat16))

@@ -67,9 +67,7 @@ def test_chunks_of_a_prompt_share_steps_with_sequences_that_decode(small_model, 
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5])
-def test_a_group_larger_than_the_slots_is_completed_all_the_same(
-    small_model, make_core, num_slots
-):
+def test_a_group_larger_than_the_slots_is_completed_all_the_same(small_model, make_core, num_slots):
     request = [(prompt(9), params(), tuple(range(7)))]
     wanted = results(run(make_core(small_model, num_slots=16), request))
     core = make_core(small_model, num_slots=num_slots)
@@ -181,7 +179,7 @@ def test_500_random_requests_leak_no_slot_and_no_page(
         for sequence in chance.sample(alive, min(len(alive), chance.randint(0, 20))):
             core.cancel(sequence)
         if chance.random() < 0.7:  # let most end, so that an example takes a second
-            for sequence in alive[: -30]:
+            for sequence in alive[:-30]:
                 core.cancel(sequence)
         alive = [s for s in alive if s.finish_reason is None]
     finish(core)
