@@ -104,7 +104,8 @@ def decode_softmax(
     if q.is_cuda:
         from m1_kernels.paged_attention import paged_attention_decode
 
-        return paged_attention_decode(q, keys, values, pages, lengths)
+        attended: torch.Tensor = paged_attention_decode(q, keys, values, pages, lengths)
+        return attended
     k, v = keys[pages].flatten(1, 2), values[pages].flatten(1, 2)
     visible = torch.arange(k.shape[1], device=q.device)[None] < lengths[:, None]
     out = F.scaled_dot_product_attention(
@@ -141,7 +142,7 @@ def prefill_softmax(
         bias = causal_lower_right(q.shape[2], length)
         repeat = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # type: ignore[arg-type]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
         age = torch.arange(q.shape[2], device=q.device)[:, None] + start
         mask = torch.arange(length, device=q.device)[None] <= age

@@ -108,7 +108,7 @@ def _join(address: str, *, rank: int, world: int) -> Any:
         raise M1Error(f"{address} is no address of a trainer; write tcp://HOST:PORT")
     port = parts.port + (dist.get_rank() if dist.is_initialized() else 0)
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         parts.hostname, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False
     )
     if torch.cuda.is_available():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from m1.inference.cache import Cache
+from m1.inference.graphs import DecodeGraphs
 from m1.inference.invariant import invariant_linear
 from m1.inference.params import SamplingParams, TokenOutput
 from m1.inference.runner import Chunk, DecodeRows, ModelRunner, Step
@@ -36,11 +37,18 @@ class EngineLimits:
     step_tokens: int = 8192
     """Tokens of one model call, decoding and prefill together."""
     preemption: Preemption = "swap"
-    """What becomes of the memory of a sequence that makes way: kept on the host, or computed anew."""
+    """Of a sequence that makes way: its memory is kept on the host, or computed anew."""
     prefix_bytes: int = 0
     """States kept for prompts that go on from earlier turns; 0 for none."""
+    cuda_graphs: bool = True
+    """Whether decoding on a GPU is replayed from graphs."""
     is_invariant: bool = False
     """Whether a request's bits must not depend on what else is in the batch."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose keys and values fit."""
+        return self.num_pages * self.page_size
 
 
 @dataclass
@@ -93,6 +101,8 @@ class EngineCore:
             num_pages=limits.num_pages,
             page_size=limits.page_size,
         )
+        is_graphed = self.limits.cuda_graphs and self.cache.keys.is_cuda
+        self._graphs = DecodeGraphs(self.runner, self.cache) if is_graphed else None
         self.scheduler = Scheduler(
             self.cache,
             # What is computed anew differs in its last bits.
@@ -159,7 +169,7 @@ class EngineCore:
                 f"exceed model.max_position {self.max_position}; lower max_new_tokens, shorten the "
                 "prompts, or raise max_position"
             )
-        room = self.limits.num_pages * self.limits.page_size
+        room = self.limits.num_tokens
         if length > room:
             raise M1Error(
                 f"a prompt of {len(prompt)} tokens and max_new_tokens {params.max_new_tokens} "
@@ -203,7 +213,7 @@ class EngineCore:
         logits: list[torch.Tensor] = []
         if rows or chunks:
             step = self._step(rows, chunks)
-            made = self.runner(step, self.cache)
+            made = self._compute(step)
             self.num_steps += 1
             count = rows.decode.count if rows else 0
             if rows:
@@ -217,6 +227,13 @@ class EngineCore:
         for sequence in rows.members if rows else ():
             sequence.length += 1
         return self._record(members, chosen, began)
+
+    def _compute(self, step: Step) -> torch.Tensor:
+        if self._graphs is not None:
+            logits = self._graphs(step)
+            if logits is not None:
+                return logits
+        return self.runner(step, self.cache)
 
     def _decoding_rows(self) -> _Rows | None:
         """The running sequences as tensors, made anew when they are others or have other pages."""
@@ -232,7 +249,7 @@ class EngineCore:
             return kept
         device = self.cache.keys.device
         slots = [sequence.slot for sequence in running]
-        is_range = slots[-1] - slots[0] + 1 == len(slots)
+        is_range = device.type == "cpu" and slots[-1] - slots[0] + 1 == len(slots)
         width = max(counts)
         pages = [[*sequence.pages, *[-1] * (width - len(sequence.pages))] for sequence in running]
         positions = torch.tensor([sequence.length for sequence in running])
@@ -256,7 +273,7 @@ class EngineCore:
     def _next_chunks(self, num_decoding: int) -> list[tuple[Prefill, Chunk]]:
         """Parts of prompts that fill the step, the oldest first."""
         room = max(1, self.limits.step_tokens - num_decoding)
-        chunks = []
+        chunks: list[tuple[Prefill, Chunk]] = []
         for prefill in self.scheduler.prefilling:
             left = len(prefill.tokens) - prefill.done
             if not left:
@@ -276,7 +293,9 @@ class EngineCore:
 
     def _step(self, rows: _Rows | None, chunks: list[tuple[Prefill, Chunk]]) -> Step:
         size, device = self.cache.page_size, self.cache.keys.device
-        tokens, positions, places = [], [], []
+        tokens: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
+        places: list[torch.Tensor] = []
         if rows:
             tokens.append(rows.tokens)
             positions.append(rows.positions)
@@ -348,15 +367,15 @@ class EngineCore:
         self, members: list[Sequence], chosen: SampledTokens, began: list[Sequence]
     ) -> list[Sequence]:
         """Append a token to every sequence and release those that end with it."""
-        floats = torch.stack((chosen.logprobs, chosen.sampling_logprobs, chosen.entropies))
-        tokens = chosen.tokens.tolist()
-        logprobs, sampling, entropies = floats.tolist()
+        columns = (chosen.tokens, chosen.logprobs, chosen.sampling_logprobs, chosen.entropies)
+        # One transfer; float64 holds ids and float32 exactly.
+        tokens, logprobs, sampling, entropies = torch.stack([x.double() for x in columns]).tolist()
         version = self.policy_version
         tops = _top_lists(chosen)
         finished = []
         num_decoding = len(members) - len(began)
         for row, sequence in enumerate(members):
-            token = tokens[row]
+            token = int(tokens[row])
             sequence.tokens.append(token)
             sequence.logprobs.append(logprobs[row])
             sequence.sampling_logprobs.append(sampling[row])

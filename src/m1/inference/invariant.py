@@ -23,5 +23,6 @@ def invariant_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         from m1_kernels.invariant_matmul import invariant_matmul
 
-        return invariant_matmul(x, w)
+        product: torch.Tensor = invariant_matmul(x, w)
+        return product
     return torch.bmm(x[:, None], w.t().expand(x.shape[0], -1, -1))[:, 0]

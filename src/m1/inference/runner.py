@@ -10,6 +10,7 @@ H heads, KV key-value heads, D head dim, E experts of this rank, F width of a fe
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,9 +95,11 @@ class ModelRunner:
 
     def refresh(self) -> None:
         """Take notice that the weights have changed."""
-        self.parameters.head = self.parameters.stored_head.float()
-        if self.parameters.device.type == "cpu" and not self.is_invariant:
-            copy_joined(self.parameters)
+        found = self.parameters
+        if found.head is not found.stored_head:
+            found.head.copy_(found.stored_head)  # in place, for graphs that read it
+        if found.device.type == "cpu" and not self.is_invariant:
+            copy_joined(found)
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: Cache) -> torch.Tensor:
@@ -106,7 +109,7 @@ class ModelRunner:
         angles = step.positions[:, None].float() * found.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         rotary = angles.cos(), angles.sin()
-        bounds = _bounds(step, x.device)
+        bounds = _bounds(step.chunks, x.device)
         for layer in found.layers:
             normed = self._norm(x, layer.attention_norm)
             if isinstance(layer.attention, Lightning):
@@ -297,14 +300,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (x * mean_square.add_(eps).rsqrt_()).mul_(weight)
 
 
-def _bounds(step: Step, device: torch.device) -> torch.Tensor:
-    """int32 [N + 1], bounds of the chunks."""
-    counts = torch.tensor([0, *(chunk.count for chunk in step.chunks)], dtype=torch.int32)
+def _bounds(chunks: list[Chunk], device: torch.device) -> torch.Tensor:
+    """int32 [N + 1], bounds of the chunks; nothing is copied where there are none."""
+    if not chunks:
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    counts = torch.tensor([0, *(chunk.count for chunk in chunks)], dtype=torch.int32)
     return counts.cumsum(0, dtype=torch.int32).to(device)
 
 
-def _reduced(x: torch.Tensor, group: object) -> torch.Tensor:
+def _reduced(x: torch.Tensor, group: Any) -> torch.Tensor:
     """Sum over the ranks of a group; None is one rank."""
     if group is not None:
-        dist.all_reduce(x, group=group)  # type: ignore[arg-type]
+        dist.all_reduce(x, group=group)
     return x

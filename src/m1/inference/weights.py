@@ -146,7 +146,8 @@ def _read_published(folder: Path) -> dict[str, torch.Tensor]:
         what = "is not what was written" if path.is_file() else "is missing"
         raise M1Error(f"{path} {what}; the weights stay as they are. Publish them again")
     try:
-        return load_file(path)
+        loaded: dict[str, torch.Tensor] = load_file(path)
+        return loaded
     except SafetensorError as error:
         raise M1Error(f"{path} cannot be read ({error}); publish the weights again") from error
 
@@ -202,7 +203,7 @@ def _local_folder(uri: str) -> Path:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Put a folder in the place of another; a reader meets one or the other, or fails its digest."""
+    """Put a folder in another's place; a reader meets one, the other, or a wrong digest."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

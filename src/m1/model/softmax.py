@@ -19,7 +19,8 @@ class SoftmaxAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's GQA self-attention over packed sequences.
 
     RoPE turns the first `rotary_dim` dimensions of each head; the scale is 1/sqrt(D). The core is
-    plain torch where the spec names none, and Transformer Engine's on GPUs. Over context-parallel ranks the plain core gathers all keys and values.
+    plain torch where the spec names none, and Transformer Engine's on GPUs. Over context-parallel
+    ranks the plain core gathers all keys and values.
     """
 
     def forward(

@@ -120,7 +120,7 @@ def test_new_weights_forget_the_turns_of_the_old(small_model, make_core):
     run(core, [(prompt(20), params(), (1,))])
     core.weights_changed(version=1, recompute=False)
     before = core.num_prefilled
-    run(core, [(prompt(20) + (3,), params(), (1,))])
+    run(core, [((*prompt(20), 3), params(), (1,))])
     assert core.num_prefilled - before == 21
 
 

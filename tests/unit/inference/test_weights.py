@@ -172,8 +172,8 @@ from m1.types import M1Error
 
 role, address, layers = sys.argv[1:]
 initialize()
-config = ModelConfig(num_layers=int(layers), hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8,
-                     rotary_dim=8, lightning_per_softmax=1,
+config = ModelConfig(num_layers=int(layers), hidden_size=16, num_heads=2, num_kv_heads=1,
+                     head_dim=8, rotary_dim=8, lightning_per_softmax=1,
                      moe=MoeConfig(num_experts=2, top_k=2, ffn_hidden_size=16))
 model = build_model(config, vocab_size=64, seed=1 if role == "trainer" else 2)
 expected = build_model(config, vocab_size=64, seed=1)
