@@ -23,10 +23,18 @@ class TextStream:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=False)
+        self._waiting: list[int] = []
 
     def step(self, token: int) -> str | None:
         """New text that the token completes, or None."""
         text: str | None = self._stream.step(self._tokenizer, token)
+        self._waiting = [] if text else [*self._waiting, token]
+        return text
+
+    def rest(self) -> str:
+        """What still waits when the completion has ended, unfinished as it is."""
+        waiting, self._waiting = self._waiting, []
+        text: str = self._tokenizer.decode(waiting, skip_special_tokens=False)
         return text
 
 
@@ -66,7 +74,15 @@ class TextTokenizer:
         self._template = _template(settings, folder)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without special ones."""
+        """Tokens of a text, without special ones.
+
+        Raises:
+            M1Error: It is no valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise M1Error(f"the text is no valid Unicode ({error.reason}); mend it") from error
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 

@@ -37,7 +37,7 @@ class _Writer:
         if output.token not in self.stop_tokens:
             self.held += self.stream.step(output.token) or ""
         if output.finish_reason is not None:
-            text, self.held = self.held, ""
+            text, self.held = self.held + self.stream.rest(), ""
             ends = [text.find(stop) for stop in self.stops if stop in text]
             return text[: min(ends)] if ends and output.stop_string else text
         safe = len(self.held) - self._begun()
