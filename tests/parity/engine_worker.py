@@ -1,4 +1,4 @@
-"""Samples from one checkpoint under many layouts; started by tests/parity/test_engine_layouts.py."""
+"""Samples from one checkpoint under many layouts, for tests/parity/test_engine_layouts.py."""
 
 import json
 import multiprocessing

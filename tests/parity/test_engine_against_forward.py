@@ -52,6 +52,20 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model):
         assert completion.tokens == tuple(expected.tolist())
 
 
+def test_a_thousand_greedy_tokens_are_the_argmax_of_the_full_forward(make_model, tiny_config):
+    model = make_model(tiny_config.model_copy(update={"max_position": 1100}))
+    prompts = [PROMPTS[1], PROMPTS[-1]]
+    completions = generate(
+        make_engine(model), one_each(prompts), temperature=0, max_new_tokens=1000
+    )
+    for completion in completions:
+        logprobs = forward_logprobs(model, completion)
+        assert completion.tokens == tuple(logprobs[:, :NUM_TOKENS].argmax(-1).tolist())
+        chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1)
+        # Measured: 6e-6 at the end of a thousand steps.
+        assert (torch.tensor(completion.logprobs) - chosen).abs().max() < 5e-5
+
+
 def test_logprobs_and_entropies_are_those_of_the_full_forward(tiny_model):
     completions = generate(make_engine(tiny_model), one_each(PROMPTS), max_new_tokens=30)
     for completion in completions:

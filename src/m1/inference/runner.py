@@ -89,6 +89,8 @@ class ModelRunner:
             linear: y = x w^T; `m1.inference.invariant` has one whose bits do not depend on T.
         """
         self.linear = linear
+        self.float_head = True
+        """False: the head in the trunk's arithmetic, to show what that costs (paper Fig. 3)."""
         self.is_invariant = linear is not F.linear
         self.parameters = read_parameters(model)
         self.refresh()
@@ -137,7 +139,9 @@ class ModelRunner:
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         found = self.parameters
         is_many = x.is_cuda and x.shape[0] > FLOAT_ROWS
-        if is_many and x.dtype == torch.bfloat16 and not self.is_invariant:
+        if not self.float_head:
+            logits = self.linear(x, found.head.to(x.dtype)).float()
+        elif is_many and x.dtype == torch.bfloat16 and not self.is_invariant:
             logits = split_linear(x, found.head)
         else:
             logits = self.linear(x.float(), found.head)
