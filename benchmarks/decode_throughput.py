@@ -77,7 +77,6 @@ def place(core: EngineCore, *, batch: int, context: int, new: int) -> list[Seque
             order=(1, number), prompt=prompt, params=params, random=RandomStream(number)
         )
         sequence.tokens, sequence.length = [1], context
-        sequence.logprobs = sequence.entropies = sequence.sampling_logprobs = [0.0]
         sequence.slot = core.scheduler.slots.take()
         sequence.pages = [core.scheduler.pages.take() for _ in range(pages)]
         core.scheduler.running.append(sequence)

@@ -5,6 +5,7 @@ dim, L layers of a kind.
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,3 +126,42 @@ class PagePool:
             if self._holders[page] == 0:
                 heapq.heappush(self._free, page)
             assert self._holders[page] >= 0, f"page {page} was given back twice"
+
+
+class PageTable:
+    """Which pages each slot's sequence has, on the device; only what is new is copied there."""
+
+    def __init__(self, cache: Cache, *, max_tokens: int) -> None:
+        columns = min(cache.num_pages, -(-max_tokens // cache.page_size))
+        self._table = torch.full(
+            (cache.num_slots + 1, columns), -1, dtype=torch.int64, device=cache.keys.device
+        )
+        self._known: list[list[int]] = [[] for _ in range(cache.num_slots)]
+        """The very list of pages that a slot's row was copied from."""
+        self._counts = [0] * cache.num_slots
+
+    def update(self, placed: Iterable[tuple[int, list[int]]]) -> bool:
+        """Copy new pages; returns whether there were any.
+
+        Args:
+            placed: Slot and pages of every sequence. A list grows at its end only, and a sequence
+                that is placed anew has another list.
+        """
+        rows: list[int] = []
+        columns: list[int] = []
+        pages: list[int] = []
+        for slot, own in placed:
+            start = self._counts[slot] if self._known[slot] is own else 0
+            if start == len(own):
+                continue
+            rows += [slot] * (len(own) - start)
+            columns += range(start, len(own))
+            pages += own[start:]
+            self._known[slot], self._counts[slot] = own, len(own)
+        if pages:
+            self._table[rows, columns] = torch.tensor(pages, device=self._table.device)
+        return bool(pages)
+
+    def rows(self, slots: torch.Tensor | slice, width: int) -> torch.Tensor:
+        """int64 [B, width], the first pages of some slots; what follows a row's own is stale."""
+        return self._table[slots][:, :width]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from m1.inference.cache import Cache
+from m1.inference.cache import Cache, PageTable
 from m1.inference.graphs import DecodeGraphs
 from m1.inference.invariant import invariant_linear
 from m1.inference.params import SamplingParams, TokenOutput
@@ -56,7 +56,6 @@ class _Rows:
     """Tensors of the decoding batch that live on while its members do."""
 
     members: list[Sequence]
-    page_counts: list[int]
     decode: DecodeRows
     positions: torch.Tensor
     tokens: torch.Tensor
@@ -101,6 +100,7 @@ class EngineCore:
             num_pages=limits.num_pages,
             page_size=limits.page_size,
         )
+        self._pages = PageTable(self.cache, max_tokens=self.max_position)
         is_graphed = self.limits.cuda_graphs and self.cache.keys.is_cuda
         self._graphs = DecodeGraphs(self.runner, self.cache) if is_graphed else None
         self.scheduler = Scheduler(
@@ -236,39 +236,42 @@ class EngineCore:
         return self.runner(step, self.cache)
 
     def _decoding_rows(self) -> _Rows | None:
-        """The running sequences as tensors, made anew when they are others or have other pages."""
+        """The running sequences as tensors, made anew when they are others."""
         running = self.scheduler.running
         if not running:
             self._rows = None
             return None
-        counts = [len(sequence.pages) for sequence in running]
+        has_new_pages = self._pages.update((x.slot, x.pages) for x in running)
         kept = self._rows
-        if kept is not None and kept.members == running and kept.page_counts == counts:
+        if kept is not None and kept.members == running:
             kept.positions += 1
             kept.decode.lengths += 1
+            if has_new_pages:
+                kept.decode.pages = self._pages_of(kept.decode.slots, running)
             return kept
         device = self.cache.keys.device
-        slots = [sequence.slot for sequence in running]
-        is_range = device.type == "cpu" and slots[-1] - slots[0] + 1 == len(slots)
-        width = max(counts)
-        pages = [[*sequence.pages, *[-1] * (width - len(sequence.pages))] for sequence in running]
-        positions = torch.tensor([sequence.length for sequence in running])
+        numbers = [sequence.slot for sequence in running]
+        is_range = device.type == "cpu" and numbers[-1] - numbers[0] + 1 == len(numbers)
+        slots: torch.Tensor | slice = slice(numbers[0], numbers[-1] + 1)
+        if not is_range:
+            slots = torch.tensor(numbers, device=device)
+        positions = torch.tensor([sequence.length for sequence in running], device=device)
         self._rows = _Rows(
             members=list(running),
-            page_counts=counts,
             decode=DecodeRows(
-                slots=slice(slots[0], slots[-1] + 1)
-                if is_range
-                else torch.tensor(slots).to(device),
-                pages=torch.tensor(pages).to(device),
-                lengths=(positions + 1).to(device),
-                count=len(slots),
+                slots=slots,
+                pages=self._pages_of(slots, running),
+                lengths=positions + 1,
+                count=len(numbers),
             ),
-            positions=positions.to(device),
-            tokens=torch.tensor([sequence.tokens[-1] for sequence in running]).to(device),
+            positions=positions,
+            tokens=torch.tensor([sequence.tokens[-1] for sequence in running], device=device),
             params=RowParams.of([sequence.params for sequence in running], device),
         )
         return self._rows
+
+    def _pages_of(self, slots: torch.Tensor | slice, running: list[Sequence]) -> torch.Tensor:
+        return self._pages.rows(slots, max(len(sequence.pages) for sequence in running))
 
     def _next_chunks(self, num_decoding: int) -> list[tuple[Prefill, Chunk]]:
         """Parts of prompts that fill the step, the oldest first."""

@@ -74,6 +74,7 @@ class LocalEngine:
         self.max_sequences = max_sequences
         self.policy_version = 0
         self._limits = limits
+        self._max_position: int = model.max_sequence_length  # type: ignore[assignment]
         self._core: EngineCore | None = None
 
     def generate(
@@ -107,17 +108,23 @@ class LocalEngine:
 
     def _prepared(self, requests: Items[Request], params: SamplingParams) -> EngineCore:
         limits = self._limits or EngineLimits()
-        limits = replace(limits, num_slots=self.max_sequences)
+        # More slots and pages than are wanted change nothing, not even bits.
+        slots = min(self.max_sequences, sum(len(r.seeds) for r in requests))
+        limits = replace(limits, num_slots=slots)
         if self._limits is None:
             longest = max(len(r.prompt_tokens) for r in requests) + params.max_new_tokens
-            pages = -(-longest // limits.page_size)
-            limits = replace(limits, num_pages=(self.max_sequences + 1) * pages)
+            longest = min(longest, self._max_position)
+            limits = replace(limits, num_pages=(slots + 1) * -(-longest // limits.page_size))
         core = self._core
-        if core is None or core.limits.num_pages < limits.num_pages:
+        if core is None or not _holds(core.limits, limits):
             core = EngineCore(self.model, num_tokens=self.num_tokens, limits=limits)
             self._core = core
         core.weights_changed(version=self.policy_version, recompute=False)
         return core
+
+
+def _holds(large: EngineLimits, small: EngineLimits) -> bool:
+    return large.num_slots >= small.num_slots and large.num_pages >= small.num_pages
 
 
 def require_newer(version: int, current: int) -> None:

@@ -128,7 +128,9 @@ def limits_for(
     if cache_bytes is None:
         cache_bytes = CPU_CACHE_BYTES
         if torch.cuda.is_available():
-            cache_bytes = int(torch.cuda.mem_get_info()[0] * GPU_SHARE)
+            heads, dim = config.num_attention_heads // ranks, config.kv_channels
+            states = (len(found.layers) - num_softmax) * max_sequences * heads * dim * dim * 4
+            cache_bytes = max(0, int(torch.cuda.mem_get_info()[0] * GPU_SHARE) - states)
     wanted = max_sequences * -(-max_position // page_size)
     pages = min(wanted, cache_bytes // page)
     if pages < -(-max_position // page_size):
