@@ -1,6 +1,7 @@
 """`m1 serve`: a model behind an OpenAI-compatible HTTP interface."""
 
 import os
+import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -128,7 +129,15 @@ def serve(
         f"{limits.num_tokens} tokens of keys and values",
         soft_wrap=True,
     )
+    # The engine's thread gives the interpreter away at every operation; at the default of 5 ms it
+    # would wait as long to get it back whenever the server has work.
+    sys.setswitchinterval(5e-4)
     uvicorn.run(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=drain_seconds
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=drain_seconds,
+        timeout_keep_alive=75,
     )
     loop.stop()

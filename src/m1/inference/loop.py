@@ -7,6 +7,7 @@ make the same steps.
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,8 @@ class EngineLoop:
         self._weights_lock = threading.Lock()
         self.num_pending = 0
         """Completions that have not ended."""
+        self.after_step: Callable[[], None] | None = None
+        """Called in the engine's thread after every step."""
         self.failure: BaseException | None = None
         """Why the loop ended, if it did not end by `stop`."""
 
@@ -156,6 +159,8 @@ class EngineLoop:
                 if not self.core.is_idle:
                     for sequence in self.core.step():
                         self._forget(sequence)
+                    if self.after_step is not None:
+                        self.after_step()
         except BaseException as error:
             self.failure = error
             self._fail_all(error)

@@ -23,7 +23,7 @@ from m1.inference.server.errors import (
 )
 from m1.inference.server.formats import Choice, Format
 from m1.inference.server.metrics import Metrics
-from m1.inference.server.running import Running, seeds_for
+from m1.inference.server.running import Outbox, Running, seeds_for
 from m1.inference.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -94,6 +94,8 @@ class Handlers:
     ) -> None:
         self.loop, self.tokenizer, self.model_name = loop, tokenizer, model_name
         self.limits, self.metrics = limits, Metrics(loop)
+        self.outbox = Outbox()
+        loop.after_step = self.outbox.flush
         self.started = int(time.time())
 
     def note(self, path: str, status: int) -> None:
@@ -209,8 +211,16 @@ class Handlers:
         params: SamplingParams,
         seeds: list[tuple[int, ...]],
     ) -> Running:
-        seconds = self.limits.timeout_seconds
-        return Running(self.loop, self.tokenizer, self.metrics, prompts, params, seeds, seconds)
+        return Running(
+            loop=self.loop,
+            tokenizer=self.tokenizer,
+            metrics=self.metrics,
+            prompts=prompts,
+            params=params,
+            seeds=seeds,
+            timeout_seconds=self.limits.timeout_seconds,
+            outbox=self.outbox,
+        )
 
     def _require_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:

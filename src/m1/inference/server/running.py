@@ -55,6 +55,38 @@ class _Writer:
         return longest
 
 
+Arrived = asyncio.Queue[tuple[int, TokenOutput]]
+"""Number of the prompt, and a token of one of its completions."""
+
+
+class Outbox:
+    """Tokens on their way from the engine's thread to the server's, which wakes once a step."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Arrived, tuple[int, TokenOutput]]] = []
+        self._events: asyncio.AbstractEventLoop | None = None
+
+    def open(self) -> None:
+        """Deliver to the event loop that this is called in."""
+        self._events = asyncio.get_running_loop()
+
+    def put(self, target: Arrived, number: int, output: TokenOutput) -> None:
+        """Called in the engine's thread."""
+        self._waiting.append((target, (number, output)))
+
+    def flush(self) -> None:
+        """Called in the engine's thread after a step."""
+        if self._waiting and self._events is not None:
+            sent, self._waiting = self._waiting, []
+            with contextlib.suppress(RuntimeError):  # the server is closing
+                self._events.call_soon_threadsafe(_deliver, sent)
+
+
+def _deliver(sent: list[tuple[Arrived, tuple[int, TokenOutput]]]) -> None:
+    for target, item in sent:
+        target.put_nowait(item)
+
+
 @dataclass
 class Running:
     """A submitted request."""
@@ -67,8 +99,9 @@ class Running:
     seeds: list[tuple[int, ...]]
     """Of each prompt, one for each of its completions."""
     timeout_seconds: float
+    outbox: Outbox
     keys: list[int] = field(default_factory=list)
-    arrived: "asyncio.Queue[tuple[int, TokenOutput]]" = field(default_factory=asyncio.Queue)
+    arrived: Arrived = field(default_factory=asyncio.Queue)
     started: float = field(default_factory=time.monotonic)
 
     async def submit(self) -> None:
@@ -78,14 +111,13 @@ class Running:
             M1Error: A prompt is refused.
             BusyError: Too many requests wait.
         """
-        events = asyncio.get_running_loop()
+        self.outbox.open()
         accepted = []
         try:
             for number, (prompt, seeds) in enumerate(zip(self.prompts, self.seeds, strict=True)):
 
                 def on_token(output: TokenOutput, number: int = number) -> None:
-                    with contextlib.suppress(RuntimeError):  # the server is closing
-                        events.call_soon_threadsafe(self.arrived.put_nowait, (number, output))
+                    self.outbox.put(self.arrived, number, output)
 
                 key, future = self.loop.submit(prompt, self.params, seeds, on_token=on_token)
                 self.keys.append(key)
