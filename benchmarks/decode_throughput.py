@@ -23,7 +23,8 @@ import torch
 from benchmarks.machine import write
 from m1.config.loading import load_recipe
 from m1.config.schema import ModelConfig, MoeConfig
-from m1.inference.core import EngineCore, EngineLimits
+from m1.inference.core import EngineCore
+from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.inference.sampler import RandomStream
 from m1.inference.sequences import Sequence

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
-from m1.inference.core import EngineCore, EngineLimits
+from m1.inference.core import EngineCore
+from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.plan.memory import Decoding, decoding_bytes
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from m1.inference.core import EngineCore, EngineLimits
+from m1.inference.core import EngineCore
+from m1.inference.limits import EngineLimits
 from m1.inference.loop import EngineLoop
 from m1.inference.server.app import ServerLimits, create_app
 from m1.inference.text import TextTokenizer

@@ -13,8 +13,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from m1.config.schema import ModelConfig, ParallelConfig, SamplingConfig  # noqa: E402
-from m1.inference.core import EngineCore, EngineLimits  # noqa: E402
+from m1.inference.core import EngineCore  # noqa: E402
 from m1.inference.engine import LocalEngine, Request  # noqa: E402
+from m1.inference.limits import EngineLimits  # noqa: E402
 from m1.inference.loop import EngineLoop  # noqa: E402
 from m1.inference.params import SamplingParams  # noqa: E402
 from m1.model import checkpoint  # noqa: E402

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from m1.inference.core import EngineCore, EngineLimits
+from m1.inference.core import EngineCore
+from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 
 

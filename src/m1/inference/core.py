@@ -4,62 +4,26 @@ Shapes: B rows that decode, T tokens of a step, R rows of logits, V vocabulary, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from m1.inference.cache import Cache, PageTable
+from m1.inference.batching import Batcher, Rows
+from m1.inference.cache import Cache
 from m1.inference.graphs import DecodeGraphs
 from m1.inference.invariant import invariant_linear
+from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams, TokenOutput
-from m1.inference.runner import Chunk, DecodeRows, ModelRunner, Step
+from m1.inference.runner import ModelRunner
 from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample
-from m1.inference.scheduler import Preemption, Scheduler
+from m1.inference.scheduler import Scheduler
 from m1.inference.sequences import Prefill, Sequence
+from m1.inference.steps import Chunk, Step
 from m1.inference.stopping import StopText, reason_to_stop
 from m1.types import M1Error
 
 OnToken = Callable[[TokenOutput], None]
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What the engine may hold and compute at a time."""
-
-    num_slots: int = 512
-    """Sequences with memory on the device."""
-    num_pages: int = 4096
-    """Pages of keys and values."""
-    page_size: int = 16
-    """Tokens of a page."""
-    step_tokens: int = 8192
-    """Tokens of one model call, decoding and prefill together."""
-    preemption: Preemption = "swap"
-    """Of a sequence that makes way: its memory is kept on the host, or computed anew."""
-    prefix_bytes: int = 0
-    """States kept for prompts that go on from earlier turns; 0 for none."""
-    cuda_graphs: bool = True
-    """Whether decoding on a GPU is replayed from graphs."""
-    is_invariant: bool = False
-    """Whether a request's bits must not depend on what else is in the batch."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose keys and values fit."""
-        return self.num_pages * self.page_size
-
-
-@dataclass
-class _Rows:
-    """Tensors of the decoding batch that live on while its members do."""
-
-    members: list[Sequence]
-    decode: DecodeRows
-    positions: torch.Tensor
-    tokens: torch.Tensor
-    params: RowParams
 
 
 class EngineCore:
@@ -87,12 +51,11 @@ class EngineCore:
         self.num_tokens, self.tokenizer = num_tokens, tokenizer
         self.max_position: int = model.max_sequence_length  # type: ignore[assignment]
         self.policy_version = 0
-        self._resize()
-        self._rows: _Rows | None = None
+        self._allocate()
         self._arrivals = 0
         self.num_prefilled = self.num_sampled = self.num_steps = 0
 
-    def _resize(self) -> None:
+    def _allocate(self) -> None:
         limits = self.limits
         self.cache = Cache(
             self.runner.parameters,
@@ -100,7 +63,6 @@ class EngineCore:
             num_pages=limits.num_pages,
             page_size=limits.page_size,
         )
-        self._pages = PageTable(self.cache, max_tokens=self.max_position)
         is_graphed = self.limits.cuda_graphs and self.cache.keys.is_cuda
         self._graphs = DecodeGraphs(self.runner, self.cache) if is_graphed else None
         self.scheduler = Scheduler(
@@ -109,6 +71,7 @@ class EngineCore:
             preemption="swap" if limits.is_invariant else limits.preemption,
             prefix_bytes=0 if limits.is_invariant else limits.prefix_bytes,
         )
+        self._batcher = Batcher(self.scheduler, self.cache, limits, max_position=self.max_position)
 
     def add(
         self,
@@ -208,11 +171,11 @@ class EngineCore:
         scheduler = self.scheduler
         scheduler.admit()
         scheduler.grow()
-        rows = self._decoding_rows()
-        chunks = self._next_chunks(rows.decode.count if rows else 0)
+        rows = self._batcher.rows()
+        chunks = self._batcher.chunks(rows.decode.count if rows else 0)
         logits: list[torch.Tensor] = []
         if rows or chunks:
-            step = self._step(rows, chunks)
+            step = self._batcher.step(rows, chunks)
             made = self._compute(step)
             self.num_steps += 1
             count = rows.decode.count if rows else 0
@@ -234,95 +197,6 @@ class EngineCore:
             if logits is not None:
                 return logits
         return self.runner(step, self.cache)
-
-    def _decoding_rows(self) -> _Rows | None:
-        """The running sequences as tensors, made anew when they are others."""
-        running = self.scheduler.running
-        if not running:
-            self._rows = None
-            return None
-        has_new_pages = self._pages.update((x.slot, x.pages) for x in running)
-        kept = self._rows
-        if kept is not None and kept.members == running:
-            kept.positions += 1
-            kept.decode.lengths += 1
-            if has_new_pages:
-                kept.decode.pages = self._pages_of(kept.decode.slots, running)
-            return kept
-        device = self.cache.keys.device
-        numbers = [sequence.slot for sequence in running]
-        is_range = device.type == "cpu" and numbers[-1] - numbers[0] + 1 == len(numbers)
-        slots: torch.Tensor | slice = slice(numbers[0], numbers[-1] + 1)
-        if not is_range:
-            slots = torch.tensor(numbers, device=device)
-        positions = torch.tensor([sequence.length for sequence in running], device=device)
-        self._rows = _Rows(
-            members=list(running),
-            decode=DecodeRows(
-                slots=slots,
-                pages=self._pages_of(slots, running),
-                lengths=positions + 1,
-                count=len(numbers),
-            ),
-            positions=positions,
-            tokens=torch.tensor([sequence.tokens[-1] for sequence in running], device=device),
-            params=RowParams.of([sequence.params for sequence in running], device),
-        )
-        return self._rows
-
-    def _pages_of(self, slots: torch.Tensor | slice, running: list[Sequence]) -> torch.Tensor:
-        return self._pages.rows(slots, max(len(sequence.pages) for sequence in running))
-
-    def _next_chunks(self, num_decoding: int) -> list[tuple[Prefill, Chunk]]:
-        """Parts of prompts that fill the step, the oldest first."""
-        room = max(1, self.limits.step_tokens - num_decoding)
-        chunks: list[tuple[Prefill, Chunk]] = []
-        for prefill in self.scheduler.prefilling:
-            left = len(prefill.tokens) - prefill.done
-            if not left:
-                continue
-            if self.limits.is_invariant:  # cut at the same places whatever the others are
-                count = min(left, self.limits.step_tokens)
-                if chunks and count > room:
-                    break
-            else:
-                count = min(left, room)
-            pages = torch.tensor(prefill.pages, device=self.cache.keys.device)
-            chunks.append((prefill, Chunk(prefill.slot, prefill.done, count, pages)))
-            room -= count
-            if room <= 0:
-                break
-        return chunks
-
-    def _step(self, rows: _Rows | None, chunks: list[tuple[Prefill, Chunk]]) -> Step:
-        size, device = self.cache.page_size, self.cache.keys.device
-        tokens: list[torch.Tensor] = []
-        positions: list[torch.Tensor] = []
-        places: list[torch.Tensor] = []
-        if rows:
-            tokens.append(rows.tokens)
-            positions.append(rows.positions)
-            page = rows.decode.pages.gather(1, (rows.positions // size)[:, None]).squeeze(1)
-            places.append(page * size + rows.positions % size)
-        logits_of = list(range(rows.decode.count if rows else 0))
-        total = len(logits_of)
-        for prefill, chunk in chunks:
-            end = chunk.start + chunk.count
-            place = torch.arange(chunk.start, end, device=device)
-            tokens.append(torch.tensor(prefill.tokens[chunk.start : end], device=device))
-            positions.append(place)
-            places.append(chunk.pages[place // size] * size + place % size)
-            total += chunk.count
-            if end == len(prefill.tokens):
-                logits_of.append(total - 1)
-        return Step(
-            tokens=torch.cat(tokens),
-            positions=torch.cat(positions),
-            places=torch.cat(places),
-            decode=rows.decode if rows else None,
-            chunks=[chunk for _, chunk in chunks],
-            logits_of=torch.tensor(logits_of, dtype=torch.int64, device=device) if chunks else None,
-        )
 
     def _note_prefilled(self, chunks: list[tuple[Prefill, Chunk]], logits: torch.Tensor) -> None:
         finished = 0
@@ -352,7 +226,7 @@ class EngineCore:
         return began, logits
 
     def _sample(
-        self, rows: _Rows | None, began: list[Sequence], logits: torch.Tensor
+        self, rows: Rows | None, began: list[Sequence], logits: torch.Tensor
     ) -> SampledTokens:
         members = [*(rows.members if rows else ()), *began]
         if rows and not began:

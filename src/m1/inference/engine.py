@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 
 from m1.config.schema import RepetitionStopConfig, SamplingConfig
-from m1.inference.core import EngineCore, EngineLimits
+from m1.inference.core import EngineCore
+from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.inference.sequences import Sequence
 from m1.inference.weights import apply, stage

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from m1.config.schema import ModelConfig, ParallelConfig, Recipe
-from m1.inference.core import EngineLimits
+from m1.inference.limits import EngineLimits
 from m1.inference.parameters import Lightning, read_parameters
 from m1.inference.weights import apply, stage
 from m1.model.build import build_model

@@ -14,6 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 from m1.config.schema import BranchScales
 from m1.model.block import HybridConfig
+from m1.types import M1Error
 
 
 @dataclass
@@ -110,8 +111,17 @@ class Parameters:
 
 
 def read_parameters(model: torch.nn.Module) -> Parameters:
-    """Find the parameters of a GPTModel from `m1.model.build`, pipeline stages of one rank."""
+    """Find the parameters of a GPTModel from `m1.model.build`.
+
+    Raises:
+        M1Error: This rank holds a pipeline stage only.
+    """
     gpt: Any = model
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise M1Error(
+            "the engine needs all layers on every rank, but parallel.pipeline is above 1; sample "
+            "from a model with tensor and expert ranks instead"
+        )
     config: HybridConfig = gpt.config
     tied = gpt.share_embeddings_and_output_weights
     embedding = gpt.embedding.word_embeddings.weight.detach()

@@ -9,7 +9,6 @@ H heads, KV key-value heads, D head dim, E experts of this rank, F width of a fe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from m1.inference.attention import (
 from m1.inference.cache import Cache
 from m1.inference.feed_forward import experts
 from m1.inference.parameters import Layer, Lightning, Softmax, copy_joined, read_parameters
+from m1.inference.steps import Chunk, DecodeRows, Step
 from m1.model.head import split_linear
 from m1.model.softmax import rotate
 from m1_kernels.lightning_attention import gated_norm
@@ -34,48 +34,6 @@ Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 FLOAT_ROWS = 128
 """Up to here reading the FP32 head takes longer, on a GPU, than multiplying by it in FP32."""
-
-
-@dataclass
-class DecodeRows:
-    """Sequences that add one token each."""
-
-    slots: torch.Tensor | slice
-    """int64 [B], -1 for padding; or the range of slots that they are."""
-    pages: torch.Tensor
-    """int64 [B, n]."""
-    lengths: torch.Tensor
-    """int64 [B], tokens of each with the new one."""
-    count: int
-    """B."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of one prompt."""
-
-    slot: int
-    start: int
-    """Tokens of the prompt before it."""
-    count: int
-    pages: torch.Tensor
-    """int64 [n], enough for start + count tokens."""
-
-
-@dataclass
-class Step:
-    """What the model is asked: first the rows that decode, then the chunks end to end."""
-
-    tokens: torch.Tensor
-    """int64 [T]."""
-    positions: torch.Tensor
-    """int64 [T]."""
-    places: torch.Tensor
-    """int64 [T], where in the pages each token's key goes: page * G + offset."""
-    decode: DecodeRows | None = None
-    chunks: list[Chunk] = field(default_factory=list)
-    logits_of: torch.Tensor | None = None
-    """int64 [R], tokens after which the next is wanted; None for all."""
 
 
 class ModelRunner:

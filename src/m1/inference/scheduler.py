@@ -163,7 +163,7 @@ class Scheduler:
     def _restore(self, sequence: Sequence) -> bool:
         assert sequence.saved is not None
         count = sequence.saved.keys.shape[1]
-        if not len(self.slots) or not self._make_room(count, sequence.order):
+        if not self._has_slot(sequence.order) or not self._make_room(count, sequence.order):
             return False
         sequence.slot = self.slots.take()
         sequence.pages = [self.pages.take() for _ in range(count)]
@@ -176,7 +176,7 @@ class Scheduler:
         """Give a prompt a slot and its pages, and what a snapshot already knows of it."""
         size = self.cache.page_size
         count = -(-len(prefill.tokens) // size)
-        if not len(self.slots):
+        if not self._has_slot(prefill.order):
             return False
         known = self.prefixes.find(prefill.tokens) if len(self.prefixes) else None
         shared = known.pages[: len(known.tokens) // size] if known else []
@@ -195,6 +195,11 @@ class Scheduler:
                 self.cache.copy_page(known.pages[-1], prefill.pages[len(shared)])
                 self.pages.give(known.pages[len(shared) :])
         return True
+
+    def _has_slot(self, order: Order) -> bool:
+        """Whether a slot is left after the children of older prompts."""
+        older = (prefill for prefill in self.prefilling if prefill.order < order)
+        return len(self.slots) > sum(len(prefill.children) - 1 for prefill in older)
 
     def _make_room(self, count: int, order: Order) -> bool:
         """Free pages until there are `count`, at the expense of snapshots and younger ones."""

@@ -85,6 +85,20 @@ def test_a_group_that_leaves_no_page_for_a_second_child_is_completed_all_the_sam
     assert_nothing_leaks(core)
 
 
+def test_who_came_first_begins_first(small_model, make_core):
+    core = make_core(small_model, num_slots=3)
+    begun = []
+    for number, count in enumerate((1, 4, 1, 5, 1, 1)):
+
+        def note(output, number=number):
+            if (number, output.index) not in begun:
+                begun.append((number, output.index))
+
+        core.add(prompt(5, number), params(max_new_tokens=4), tuple(range(count)), on_token=note)
+    finish(core)
+    assert begun == sorted(begun) and len(begun) == 13
+
+
 def test_the_prompt_of_a_group_is_computed_once(small_model, make_core):
     core = make_core(small_model, num_slots=16)
     run(core, [(prompt(30), params(), tuple(range(16)))])
