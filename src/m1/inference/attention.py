@@ -16,6 +16,7 @@ def decode_lightning(
     k: torch.Tensor,
     v: torch.Tensor,
     slopes: torch.Tensor,
+    decay: torch.Tensor,
     table: torch.Tensor,
     slots: torch.Tensor | slice,
 ) -> torch.Tensor:
@@ -26,6 +27,7 @@ def decode_lightning(
         k: [B, H, D].
         v: [B, H, D].
         slopes: float32 [H].
+        decay: float32 [H, 1, 1], exp(-slope).
         table: float32 [S, H, D, D].
         slots: int64 [B], distinct but for -1, which reads and writes the table's last row; or the
             range of the table that the rows are.
@@ -37,9 +39,7 @@ def decode_lightning(
     if q.is_cuda:
         out = lightning_attention_step(q, k, v, slopes, state)
     else:
-        state.mul_(torch.exp(-slopes)[:, None, None]).addcmul_(
-            k.float()[..., None], v.float()[:, :, None]
-        )
+        state.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None])
         out = (q.float()[..., None] * state).sum(2).to(q.dtype)  # faster than many small products
     if isinstance(slots, torch.Tensor):
         table[slots] = state

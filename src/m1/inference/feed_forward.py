@@ -68,9 +68,10 @@ def _all(
     num_local = len(weights.fc1)
     share = share[:, weights.first_expert : weights.first_expert + num_local]
     if weights.all_fc1 is not None and weights.all_fc2 is not None:
-        both = linear(x, weights.all_fc1).view(x.shape[0], num_local, 2, -1)
-        inner = F.silu(both[:, :, 0]).mul_(both[:, :, 1]).mul_(share[:, :, None])
-        return linear(inner.flatten(1), weights.all_fc2)
+        gate, up = linear(x, weights.all_fc1).chunk(2, dim=-1)
+        inner = F.silu(gate).mul_(up)
+        inner.view(x.shape[0], num_local, -1).mul_(share[:, :, None])
+        return linear(inner, weights.all_fc2)
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for e, (fc1, fc2) in enumerate(zip(weights.fc1, weights.fc2, strict=True)):
         total += _swiglu(x, fc1, fc2, share[:, e], linear)

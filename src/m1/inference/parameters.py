@@ -31,6 +31,8 @@ class Lightning:
     """[W]."""
     slopes: torch.Tensor
     """float32 [H]."""
+    decay: torch.Tensor
+    """float32 [H, 1, 1], exp(-slope)."""
     qkv_gate: torch.Tensor | None = None
     """[4 W, h], a copy of both: one product instead of two where copies are cheap."""
 
@@ -59,7 +61,7 @@ class FeedForward:
     """Of each expert [h, F]."""
     shared: "FeedForward | None" = None
     all_fc1: torch.Tensor | None = None
-    """[E 2 F, h], a copy of all, where copies are cheap."""
+    """[2 E F, h], a copy of all gates, then of all ups, where copies are cheap."""
     all_fc2: torch.Tensor | None = None
     """[h, E F]."""
 
@@ -97,6 +99,8 @@ class Parameters:
     """Process group, or None on one rank."""
     expert_group: Any
     layers: list[Layer] = field(default_factory=list)
+    is_joined: bool = False
+    """Whether `copy_joined` made its copies."""
 
     @property
     def device(self) -> torch.device:
@@ -149,12 +153,14 @@ def read_parameters(model: torch.nn.Module) -> Parameters:
 
 def copy_joined(found: Parameters) -> None:
     """Copy weights that multiply the same input side by side; again after they change."""
+    found.is_joined = True
     for layer in found.layers:
         if isinstance(layer.attention, Lightning):
             layer.attention.qkv_gate = torch.cat((layer.attention.qkv, layer.attention.gate))
         for mlp in (layer.mlp, layer.mlp.shared):
             if mlp is not None:
-                mlp.all_fc1 = torch.cat(mlp.fc1)
+                halves = [weight.chunk(2) for weight in mlp.fc1]
+                mlp.all_fc1 = torch.cat([*(gate for gate, _ in halves), *(up for _, up in halves)])
                 mlp.all_fc2 = torch.cat(mlp.fc2, dim=1)
 
 
@@ -182,12 +188,14 @@ def _layer(module: Any, config: HybridConfig, counts: dict[type, int]) -> Layer:
 
 def _lightning(module: Any) -> Lightning:
     weight = module.qkv_proj.weight.detach()
+    slopes = module._slopes.to(weight.device)
     return Lightning(
         qkv=weight,
         gate=module.output_gate.weight.detach(),
         out=module.out_proj.weight.detach(),
         norm=module.norm_weight.detach(),
-        slopes=module._slopes.to(weight.device),
+        slopes=slopes,
+        decay=torch.exp(-slopes)[:, None, None],
     )
 
 

@@ -8,6 +8,7 @@ Shapes: T tokens of a step, B rows that decode, N chunks, R rows of logits, V vo
 H heads, KV key-value heads, D head dim, E experts of this rank, F width of a feed-forward.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -133,16 +134,12 @@ class ModelRunner:
         count = step.decode.count if step.decode else 0
         parts = []
         if step.decode:
-            rows = slice(count)
-            parts.append(
-                decode_lightning(
-                    q[rows], k[rows], v[rows], weights.slopes, table, step.decode.slots
-                )
-            )
+            rows = (q, k, v) if not step.chunks else (q[:count], k[:count], v[:count])
+            slots = step.decode.slots
+            parts.append(decode_lightning(*rows, weights.slopes, weights.decay, table, slots))
         if step.chunks:
-            rows = slice(count, None)
-            chunks = (q[rows], k[rows], v[rows])
-            parts.append(self._prefill_lightning(*chunks, weights, step.chunks, bounds, table))
+            rows = (q[count:], k[count:], v[count:])
+            parts.append(self._prefill_lightning(*rows, weights, step.chunks, bounds, table))
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
         return self._gated_norm(out, gate, weights.norm)
 
@@ -236,8 +233,13 @@ class ModelRunner:
         unnormed: torch.Tensor,
         scales: BranchScales,
     ) -> torch.Tensor:
-        group = self.parameters.tensor_group
-        branch = _reduced(self.linear(inner, weight), group)
+        found = self.parameters
+        if found.is_joined:  # and so on a CPU: one pass instead of three
+            residual = normed if found.config.is_post_norm else unnormed
+            if found.tensor_group is None and inner.dtype == torch.float32:
+                alpha, beta = scales.alpha, scales.beta
+                return torch.addmm(residual, inner, weight.t(), beta=alpha, alpha=beta)
+        branch = _reduced(self.linear(inner, weight), found.tensor_group)
         return self._add(branch, normed, unnormed, scales)
 
     def _add(
@@ -258,8 +260,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.is_cuda or x.dtype != torch.float32:
         return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean_square = torch.mul(norm, norm).mul_(1 / x.shape[-1])
-    return (x * mean_square.add_(eps).rsqrt_()).mul_(weight)
+    mean_square = torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1])
+    return (x * mean_square.rsqrt_()).mul_(weight)
+
+
+@functools.cache
+def _constant(value: float) -> torch.Tensor:
+    return torch.tensor(value)
 
 
 def _bounds(chunks: list[Chunk], device: torch.device) -> torch.Tensor:
