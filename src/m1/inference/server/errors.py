@@ -103,18 +103,19 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        body, more = b"", not announced.isdigit() or int(announced) <= self.max_bytes
-        is_whole = not more
+        size = int(announced) if announced.isdigit() else 0
+        body = bytearray()
+        more = size <= self.max_bytes
         while more and len(body) <= self.max_bytes:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return
             body += message.get("body", b"")
             more = message.get("more_body", False)
-            is_whole = not more
-        if len(body) > self.max_bytes or (announced.isdigit() and int(announced) > self.max_bytes):
+        if max(size, len(body)) > self.max_bytes:
             text = f"the body is larger than {self.max_bytes} bytes; send less at a time"
             await error_response(413, text)(scope, receive, send)
             return
-        assert is_whole
         is_given = False
 
         async def replay() -> Message:
@@ -122,6 +123,6 @@ class BodyLimit:
             if is_given:
                 return await receive()
             is_given = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self.app(scope, replay, send)
