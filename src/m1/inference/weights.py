@@ -153,6 +153,11 @@ def _read_published(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_hf(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if _rank_and_world()[1] > 1:
+        raise M1Error(
+            f"{folder} is a Hugging Face folder, which is read on one rank only; convert it with "
+            "`m1 convert` first: a checkpoint is read under any layout"
+        )
     found = open_folder(folder)
     staged = {}
     for name, parameter in model.named_parameters():
