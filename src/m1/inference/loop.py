@@ -4,6 +4,7 @@ Over several ranks every rank runs one loop; the first takes requests and tells 
 make the same steps.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -21,6 +22,8 @@ from m1.inference.params import SamplingParams
 from m1.inference.sequences import Sequence
 from m1.inference.weights import apply, stage
 from m1.types import M1Error
+
+_HEARTBEAT_SECONDS = 10.0
 
 
 class EngineFailedError(M1Error):
@@ -169,13 +172,13 @@ class EngineLoop:
     def _next_commands(self) -> list[_Command]:
         found: list[_Command] = []
         if self._is_first:
-            if self.core.is_idle:
-                found.append(self._commands.get())
-            while True:
-                try:
+            # Followers wait in a collective, which must not run into its time limit.
+            patience = None if self._group is None else _HEARTBEAT_SECONDS
+            with contextlib.suppress(queue.Empty):
+                if self.core.is_idle:
+                    found.append(self._commands.get(timeout=patience))
+                while True:
                     found.append(self._commands.get_nowait())
-                except queue.Empty:
-                    break
         if self._group is None:
             return found
         plain: list[Any] = [[(c.kind, c.key, c.arguments) for c in found]]
