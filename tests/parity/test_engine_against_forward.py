@@ -52,18 +52,24 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_model):
         assert completion.tokens == tuple(expected.tolist())
 
 
-def test_a_thousand_greedy_tokens_are_the_argmax_of_the_full_forward(make_model, tiny_config):
-    model = make_model(tiny_config.model_copy(update={"max_position": 1100}))
-    prompts = [PROMPTS[1], PROMPTS[-1]]
+@pytest.fixture(scope="module")
+def long_model(make_model, tiny_config):
+    return make_model(tiny_config.model_copy(update={"max_position": 1100}))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_thousand_tokens_are_those_of_the_full_forward(long_model, temperature):
+    requests = one_each([PROMPTS[1], PROMPTS[-1]])
     completions = generate(
-        make_engine(model), one_each(prompts), temperature=0, max_new_tokens=1000
+        make_engine(long_model), requests, temperature=temperature, max_new_tokens=1000
     )
     for completion in completions:
-        logprobs = forward_logprobs(model, completion)
-        assert completion.tokens == tuple(logprobs[:, :NUM_TOKENS].argmax(-1).tolist())
+        logprobs = forward_logprobs(long_model, completion)
+        if temperature == 0:
+            assert completion.tokens == tuple(logprobs[:, :NUM_TOKENS].argmax(-1).tolist())
         chosen = logprobs.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1)
-        # Measured: 6e-6 at the end of a thousand steps.
-        assert (torch.tensor(completion.logprobs) - chosen).abs().max() < 5e-5
+        # Measured: 3e-6, no more at the end than at the start.
+        assert (torch.tensor(completion.logprobs) - chosen).abs().max() < 2e-5
 
 
 def test_logprobs_and_entropies_are_those_of_the_full_forward(tiny_model):
