@@ -12,7 +12,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,pipelines,eval,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,pipelines,eval,rewards,curate,dev]"
 	touch $@
 
 run: setup
