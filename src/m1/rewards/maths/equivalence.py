@@ -14,9 +14,11 @@ from m1.rewards.maths.units import Unit, split_unit
 _MAX_NESTING = 60
 _MAX_ITEMS = 40
 _ASSIGNMENT = re.compile(
-    r"^\s*(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\(?:theta|alpha|beta|lambda)|[A-Za-z]{1,2}'?\s*\([A-Za-z, ]+\))"
+    r"^\s*(?P<name>[A-Za-z](?:_\{?\w+\}?)?|\\(?:theta|alpha|beta|lambda)|"
+    r"[A-Za-z]{1,2}'?\s*\([A-Za-z0-9, ]+\))"
     r"\s*(?:=|\\in|\\approx|\\equiv|:)\s*(?P<value>[^=<>]+)$"
 )
+_NAMED_TUPLE = re.compile(r"^\([A-Za-z]\w?(?:, ?[A-Za-z]\w?)+\)\s*=\s*(?=\()")
 _TIME = re.compile(
     r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?(?::(?P<second>\d{2}))?\s*(?P<half>[ap])\.?\s?m\.?"
     r"|(?P<hour2>\d{1,2}):(?P<minute2>\d{2})(?::(?P<second2>\d{2}))?",
@@ -242,7 +244,7 @@ def _same_unordered(a: list[str], b: list[str]) -> bool:
 def _items(text: str) -> tuple[list[str], bool] | None:
     """The items of a list and whether their order counts; None for a single value."""
     text = _ASSIGNMENT.sub(lambda m: m["value"], text) if text.count("=") == 1 else text
-    text = text.strip()
+    text = _NAMED_TUPLE.sub("", text).strip()
     for opening, closing, is_ordered in (
         (r"\{", r"\}", False), ("(", ")", True), (r"\langle", r"\rangle", True), ("[", "]", True),
     ):  # fmt: skip
@@ -269,7 +271,7 @@ def _is_whole(inside: str) -> bool:
 
 
 def _expanded(parts: list[str]) -> list[str]:
-    """`a \\pm b` stands for two values."""
+    r"""`a \pm b` stands for two values."""
     found = []
     for part in parts:
         if part.count(r"\pm") == 1:

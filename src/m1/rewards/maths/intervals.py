@@ -2,13 +2,15 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
-_RELATION = re.compile(r"(\\le|\\ge|\\ne|<=|>=|<|>|=)(?![a-z])")
+_RELATION = re.compile(r"(\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<=|>=|<|>|=)")
 _ELEMENT_OF = re.compile(r"^[A-Za-z](?:_\d)?\s*\\in\s*")
 _VARIABLE = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?|\\(?:theta|alpha|beta|lambda|phi)|[a-z]\([a-z]\)")
 _UNION = re.compile(r"\\cup|(?<=[)\]}])\s*U\s*(?=[(\[\\{])|\s(?:or)\s|\\vee")
 _ALL = re.compile(r"\\mathbb\{?R\}?|R|all real(?:s| numbers| values)?(?: of [a-z])?|\\R")
 _NONE = re.compile(r"\\emptyset|\\\{\s*\\\}|\\phi|(?:the )?empty set|no (?:real )?solutions?|none")
+_REMOVED = re.compile(r"(?:\\mathbb\{?R\}?|R)\s*(?:\\setminus|\\backslash|-)\s*\\\{(.+)\\\}")
 _FLIP = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne"}
 _INFINITY = r"\infty"
 
@@ -33,9 +35,7 @@ def parse_set(text: str) -> list[Piece] | None:
         return [_everything()]
     if _NONE.fullmatch(text):
         return []
-    removed = re.fullmatch(
-        r"(?:\\mathbb\{?R\}?|R)\s*(?:\\setminus|\\backslash|-)\s*\\\{(.+)\\\}", text
-    )
+    removed = _REMOVED.fullmatch(text)
     if removed:
         return _without(split_top(removed[1], ","))
     pieces: list[Piece] = []
@@ -126,7 +126,7 @@ def _single(left: str, relation: str, right: str) -> list[Piece] | None:
 
 def _without(points: list[str]) -> list[Piece]:
     ends = ["-" + _INFINITY, *points, _INFINITY]
-    return [Piece(a, b, False, False) for a, b in zip(ends, ends[1:], strict=False)]
+    return [Piece(a, b, False, False) for a, b in pairwise(ends)]
 
 
 def _end(text: str) -> str:

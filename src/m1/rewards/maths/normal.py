@@ -15,7 +15,9 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "012345678
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
-_SPACES = re.compile(r"\\[,;:!> ]|\\q?quad\b|~|\\hspace\{[^}]*\}|\\(?:phantom|vphantom)\{[^}]*\}")
+_SPACES = re.compile(
+    r"(?<!\\)\\[,;:!> ]|\\q?quad\b|~|\\hspace\{[^}]*\}|\\(?:phantom|vphantom)\{[^}]*\}"
+)
 _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|boldsymbol|bf|rm|it|large|Large"
     r"|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr|left|right|middle)(?![A-Za-z])\.?"
@@ -36,16 +38,16 @@ _SYNONYMS = {
 }  # fmt: skip
 _SYNONYM = re.compile(r"\\(" + "|".join(_SYNONYMS) + r")(?![A-Za-z])")
 _OUTER = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
-_FUNCTIONS = "sin cos tan cot sec csc ln log exp max min gcd lcm arcsin arccos arctan sinh cosh"
+_FUNCTIONS = "sin cos tan cot csc ln log exp arcsin arccos arctan sinh cosh"
 _BARE_FUNCTION = re.compile(
     r"(?<![A-Za-z\\])(" + "|".join(_FUNCTIONS.split()) + r"|sqrt|pi|theta|infty)(?![A-Za-z])"
 )
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d|[A-Za-z])\s*(\d|[A-Za-z])(?![\d])")
-_HALF_SHORT_FRACTION = re.compile(r"\\frac\s*(\{[^{}]*\})\s*(\d|[A-Za-z])")
+_HALF_SHORT_FRACTION = re.compile(r"\\frac\s*(\{(?:[^{}]|\{[^{}]*\})*\})\s*(\d|[A-Za-z])")
 _OTHER_HALF = re.compile(r"\\frac\s*(\d|[A-Za-z])\s*(\{[^{}]*\})")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*(\d+|[A-Za-z](?![A-Za-z]))")
 _PAREN_ROOT = re.compile(r"\\sqrt\s*\(([^()]*)\)")
-_ENDING = re.compile(r"(?:\s|(?<!\\)[.,;:!]|\\\\)+$")
+_ENDING = re.compile(r"(?:\s|(?<!\\)[.,;:]|\\\\)+$")
 
 
 def normalize(text: str) -> str:
@@ -73,6 +75,7 @@ def normalize(text: str) -> str:
     text = _HALF_SHORT_FRACTION.sub(r"\\frac\1{\2}", text)
     text = _OTHER_HALF.sub(r"\\frac{\1}\2", text)
     text = re.sub(r"\^\{?\\circ\}?", r"^{\\circ}", text)
+    text = re.sub(r"\\log\s*_\s*\{?e\}?", r"\\ln ", text)
     text = re.sub(r"\s+", " ", text).strip()
     return _ENDING.sub("", text)
 

@@ -20,9 +20,10 @@ _SCIENTIFIC = re.compile(
 _POWER_OF_TEN = re.compile(r"(?P<sign>[+-]?)\s*10\s*\^\s*\{?\s*(?P<exponent>[+-]?\d{1,4})\s*\}?")
 _SLASH = re.compile(
     r"(?P<sign>[+-]?)\s*\(?(?P<top>[+-]?\s*[\d.,]+)\)?\s*/\s*\(?(?P<bottom>[+-]?\s*[\d.,]+)\)?"
-)  # noqa: E501
+)
 _FRAC = re.compile(
-    r"(?P<sign>[+-]?)\s*\\frac\s*\{\s*(?P<top>[+-]?\s*[\d.,]+)\s*\}\s*\{\s*(?P<bottom>[+-]?\s*[\d.,]+)\s*\}"
+    r"(?P<sign>[+-]?)\s*\\frac\s*\{\s*(?P<top>[+-]?\s*[\d.,]+)\s*\}"
+    r"\s*\{\s*(?P<bottom>[+-]?\s*[\d.,]+)\s*\}"
 )
 _MIXED = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<whole>\d+)\s*(?:\\frac\{(?P<top>\d+)\}\{(?P<bottom>\d+)\}|"
@@ -43,18 +44,24 @@ _MODULUS = re.compile(
     r"\(?(?P<base>\d+)\s*(?:\^\s*\{?(?P<exponent>[\d^{} ]+?)\}?)?\s*\)?\s*"
     r"\\(?:bmod|mod|pmod)\s*\{?\s*(?P<modulus>\d+)\s*\}?"
 )
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {
-    word: Fraction(value)
-    for value, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
-    )
-} | {"none": Fraction(0), "hundred": Fraction(100), "one hundred": Fraction(100),
-     "one half": Fraction(1, 2), "half": Fraction(1, 2), "one third": Fraction(1, 3),
-     "two thirds": Fraction(2, 3), "one fourth": Fraction(1, 4), "one quarter": Fraction(1, 4),
-     "three quarters": Fraction(3, 4), "thirty": Fraction(30), "forty": Fraction(40),
-     "fifty": Fraction(50), "sixty": Fraction(60), "seventy": Fraction(70),
-     "eighty": Fraction(80), "ninety": Fraction(90), "thousand": Fraction(1000),
-     "one thousand": Fraction(1000)}  # fmt: skip
+    **{word: Fraction(value) for value, word in enumerate(_UNITS.split())},
+    **{word: Fraction(10 * value) for value, word in enumerate(_TENS.split(), start=2)},
+    "one hundred": Fraction(100),
+    "one thousand": Fraction(1000),
+    "half": Fraction(1, 2),
+    "one half": Fraction(1, 2),
+    "one third": Fraction(1, 3),
+    "two thirds": Fraction(2, 3),
+    "one fourth": Fraction(1, 4),
+    "one quarter": Fraction(1, 4),
+    "three quarters": Fraction(3, 4),
+}
 
 
 @dataclass(frozen=True)

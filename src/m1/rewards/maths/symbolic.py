@@ -1,14 +1,19 @@
-"""Expressions through math-verify's LaTeX parser, with the vetoes that its verdicts need.
+r"""Expressions through math-verify's LaTeX parser, with the vetoes that its verdicts need.
 
 The whole text must parse: no part of it is searched for something that does, which is where its
-default extraction finds 4 in `4\\sqrt(2)`. Numbers decide before simplification does, so two
+default extraction finds 4 in `4\sqrt(2)`. Numbers decide before simplification does, so two
 expressions that differ at any of a few points are never called equal.
 """
 
+import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
+
+import sympy
+from latex2sympy2_extended import latex2sympy
+from math_verify import verify
 
 from m1.rewards.maths.normal import nesting
 
@@ -21,7 +26,8 @@ _POINTS = (
     (Fraction(-17, 13), Fraction(23, 19), Fraction(-5, 7), Fraction(31, 11)),
     (Fraction(41, 37), Fraction(-3, 11), Fraction(-43, 31), Fraction(-2, 13)),
 )
-_NUMBER_BEFORE_BRACKET = re.compile(r"(?<=[\d)}])\s*(?=\()")
+_NUMBER_BEFORE_BRACKET = re.compile(r"(?<![\w^_{.\\])(\d+(?:\.\d+)?)\s*(?=\()")
+_BRACKETS_SIDE_BY_SIDE = re.compile(r"(?<=\))\s*(?=\()")
 _MIXED = re.compile(r"(?<![\w}])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}")
 _CHAINED_POWERS = re.compile(r"\^\s*\{?[^{}]*\^|\^\s*\{[^{}]*\{[^{}]*\}?[^{}]*\^")
 _LONG_POWER = re.compile(r"\^\s*\{?\s*[+-]?\s*(\d{4,})")
@@ -70,12 +76,10 @@ def rounds_to(text: str, value: Fraction, places: int) -> bool:
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> Any:
     """The sympy expression of a text; commands that only mark type are gone already."""
-    import sympy
-    from latex2sympy2_extended import latex2sympy
-
     _refuse_dangerous(text)
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
-    text = _NUMBER_BEFORE_BRACKET.sub(r"\\cdot ", text)
+    text = _NUMBER_BEFORE_BRACKET.sub(r"\1\\cdot ", text)
+    text = _BRACKETS_SIDE_BY_SIDE.sub(r"\\cdot ", text)
     try:
         expression = latex2sympy(text)
     except RecursionError:
@@ -88,7 +92,8 @@ def _parsed(text: str) -> Any:
             raise Unreadable(f"{text[:50]!r} is no expression")
     letters = {"e": sympy.E, "i": sympy.I, "pi": sympy.pi}
     constants = {s: letters[s.name] for s in expression.free_symbols if s.name in letters}
-    return expression.subs(constants)
+    exact = {number: sympy.Rational(str(number)) for number in expression.atoms(sympy.Float)}
+    return expression.subs(constants).xreplace(exact)
 
 
 def _refuse_dangerous(text: str) -> None:
@@ -110,8 +115,6 @@ def _refuse_dangerous(text: str) -> None:
 
 
 def _is_equation(expression: Any) -> bool:
-    import sympy
-
     return isinstance(expression, sympy.Equality)
 
 
@@ -151,8 +154,6 @@ def _compare_numerically(first: Any, second: Any) -> bool | None:
 
 
 def _substitution(symbols: Any, point: tuple[Fraction, ...]) -> tuple[tuple[Any, Any], ...]:
-    import sympy
-
     ordered = sorted(symbols, key=lambda symbol: symbol.name)
     return tuple(
         (symbol, sympy.Rational(value.numerator, value.denominator))
@@ -171,10 +172,10 @@ def _evaluate(expression: Any, values: tuple[tuple[Any, Any], ...]) -> Any:
 
 def _math_verify(first: Any, second: Any) -> bool:
     """math-verify's own comparison, for what has no number: sums to n, infinities, sets."""
-    from math_verify import verify
-
     if first == second:
         return True
     if first.free_symbols != second.free_symbols:
         return False
+    # It warns that nobody bounds its time; the worker's service does.
+    logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
     return bool(verify([first], [second], timeout_seconds=None))

@@ -7,8 +7,14 @@ from fractions import Fraction
 
 from m1.rewards.maths.normal import normalize
 
-_PREFIXES = {"kilo": 1000, "centi": Fraction(1, 100), "milli": Fraction(1, 1000),
-             "micro": Fraction(1, 10**6), "mega": 10**6, "giga": 10**9}  # fmt: skip
+_PREFIXES: dict[str, int | Fraction] = {
+    "kilo": 1000,
+    "centi": Fraction(1, 100),
+    "milli": Fraction(1, 1000),
+    "micro": Fraction(1, 10**6),
+    "mega": 10**6,
+    "giga": 10**9,
+}
 _INCH = Fraction(254, 10000)
 _POUND = Fraction(45359237, 10**8)
 _TABLE: dict[str, tuple[str, Fraction | int]] = {
@@ -39,15 +45,17 @@ _TABLE: dict[str, tuple[str, Fraction | int]] = {
     "mole": ("amount", 1), "mol": ("amount", 1), "pa": ("pressure", 1), "kpa": ("pressure", 1000),
     "mph": ("mph", 1), "kmh": ("kmh", 1), "unit": ("unit", 1),
 }  # fmt: skip
-_DERIVED = {"mph": ({"length": 1, "time": -1}, 63360 * _INCH / 3600),
-            "kmh": ({"length": 1, "time": -1}, Fraction(1000, 3600)),
-            "volume": ({"length": 3}, Fraction(1)),
-            "unit": ({}, Fraction(1))}  # fmt: skip
+_DERIVED: dict[str, tuple[dict[str, int], Fraction]] = {
+    "mph": ({"length": 1, "time": -1}, 63360 * _INCH / 3600),
+    "kmh": ({"length": 1, "time": -1}, Fraction(1000, 3600)),
+    "volume": ({"length": 3}, Fraction(1)),
+    "unit": ({}, Fraction(1)),
+}
 _NO_UNIT = {"and", "or", "is", "pi", "no", "yes", "true", "false", "mod", "to", "of", "if", "for",
             "where", "base", "am", "pm", "such", "all", "real", "integer", "max", "gcd", "lcm",
             "not", "with", "than", "between", "i", "e", "x", "y", "z", "n", "k"}  # fmt: skip
 _TRAILING = re.compile(
-    r"(?P<value>.*?[\d.)}\]%])\s*(?P<unit>(?:(?:square|cubic|sq\.?|cu\.?|per|a)\s+|/\s*|\\cdot\s*|"
+    r"(?P<value>.*?(?:[\d.)}\]%]|\\pi))\s*(?P<unit>(?:(?:square|cubic|sq\.?|cu\.?|per|a)\s+|/\s*|\\cdot\s*|"
     r"(?<![\\A-Za-z])[A-Za-z]{1,15}\.?(?:\s*\^\s*\{?-?\d\}?)?\s*|\^\{\\circ\}\s*[CFK]?\s*)+)"
 )
 _ATOM = re.compile(r"(?P<name>[A-Za-z]+)\.?(?:\s*\^\s*\{?(?P<power>-?\d)\}?)?")
