@@ -5,13 +5,12 @@ for its children, so a worker's id cannot name another process while the service
 """
 
 import gc
-import importlib
 import os
 import signal
 import socket
 import sys
 
-from m1.rewards.registry import VERIFIERS
+from m1.rewards.registry import load
 from m1.rewards.service import wire
 from m1.rewards.service.worker import work
 
@@ -41,7 +40,7 @@ def main(descriptor: int) -> None:
 
 def _preload(kind: str) -> str | None:
     try:
-        importlib.import_module(VERIFIERS[kind].module)
+        load(kind)
     except Exception as error:  # workers will name it with the job; the nursery must live
         return f"{type(error).__name__}: {error}"
     gc.freeze()  # the collector then leaves shared pages unwritten in every fork

@@ -221,7 +221,10 @@ class RewardService:
     def _understood(self, kind: str, answer: dict[str, Any]) -> _Outcome:
         if "error" in answer:
             self._metrics.add(kind, errors=1)
-            return _Outcome(infra_error=f"verifier_error: {answer['error']}", is_retried=False)
+            return _Outcome(
+                infra_error=f"verifier_error: {answer['error']}",
+                is_retried=answer.get("is_retried", False),
+            )
         if "exhausted" in answer:
             self._metrics.add(kind, exhausted=1)
             return _Outcome(Verdict(0.0, answer["exhausted"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 from m1.rewards.registry import load, spec_of
 from m1.rewards.service import wire
+from m1.sandbox.base import SandboxError
 from m1.types import Task
 
 _MIB = 1 << 20
@@ -43,7 +44,8 @@ def _judged(verify: Any, task: Task, completion: str, memory_mib: int | None) ->
         except RecursionError:
             return {"exhausted": "recursion"}
         except Exception as error:  # verifiers raise what they like; it is reported, not hidden
-            return {"error": _named(error)}
+            is_ours = isinstance(error, SandboxError | OSError)
+            return {"error": _named(error), "is_retried": is_ours}
     return {"accuracy": verdict.accuracy, "reason": verdict.reason, "parts": verdict.parts}
 
 
