@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from m1.rewards.rules import extract_answer
+from m1.rewards.format import is_well_formed
 from m1.rewards.service.pool import Judgement, RewardService, ServiceConfig
 from m1.types import M1Error, Task
 
@@ -133,7 +133,7 @@ def _columns(judgement: Judgement, completion: str, format_weight: float) -> dic
             "infra_error": judgement.infra_error,
         }
     accuracy = judgement.verdict.accuracy
-    formatted = float(extract_answer(completion) is not None)
+    formatted = float(is_well_formed(completion))
     return {
         "reward": accuracy + format_weight * formatted,
         "parts": {"accuracy": accuracy, "format": formatted, **judgement.verdict.parts},

@@ -1,13 +1,9 @@
 """Rule rewards: is the final answer right, and is each tag there exactly once, in order."""
 
-import re
-
 from m1.config.schema import RewardConfig
+from m1.rewards.format import extract_answer
 from m1.rewards.reasoning_gym import accepts, scorer
 from m1.types import Reward, Task
-
-_FORMAT = re.compile(r"<think>(?P<think>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>", re.DOTALL)
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def score(task: Task, text: str, config: RewardConfig) -> Reward:
@@ -31,14 +27,6 @@ def score(task: Task, text: str, config: RewardConfig) -> Reward:
         return Reward(0.0, 0.0, {"verifier_error": 1.0, type(error).__name__: 1.0}, is_failed=True)
     total = config.correctness * accuracy + config.format * float(formatted)
     return Reward(total, accuracy, {"correctness": accuracy, "format": float(formatted)})
-
-
-def extract_answer(text: str) -> str | None:
-    """The answer of a well-formed completion; None when a tag is missing, repeated or misplaced."""
-    match = _FORMAT.fullmatch(text.strip())
-    if match is None or any(text.count(tag) != 1 for tag in _TAGS):
-        return None
-    return match["answer"].strip()
 
 
 def is_correct(task: Task, answer: str) -> bool:

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1.config.schema import RewardConfig
-from m1.rewards.rules import extract_answer, is_correct, score
+from m1.rewards.format import extract_answer
+from m1.rewards.rules import is_correct, score
 from m1.types import M1Error, Task
 
 TASK = Task(

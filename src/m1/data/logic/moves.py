@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -142,20 +143,40 @@ def _poured(move: str, levels: tuple[int, ...], sizes: list[int]) -> tuple[int, 
 
 def _pouring(sizes: list[int]) -> dict[int, list[str]]:
     """By volume, a shortest sequence of moves that leaves it in a jug; in order of length."""
-    names = "ABC"[: len(sizes)]
-    moves = [f"{kind} {jug}" for jug in names for kind in ("fill", "empty")]
-    moves += [f"pour {a} {b}" for a in names for b in names if a != b]
     start = (0,) * len(sizes)
-    came: dict[tuple[int, ...], list[str]] = {start: []}
-    found: dict[int, list[str]] = {}
+    came: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {start: (start, "")}
+    first: dict[int, tuple[int, ...]] = {}
     queue = deque([start])
     while queue:
         levels = queue.popleft()
         for level in levels:
-            found.setdefault(level, came[levels])
-        for move in moves:
-            after = _poured(move, levels, sizes)
-            if after is not None and after not in came:
-                came[after] = [*came[levels], move]
+            first.setdefault(level, levels)
+        for move, after in _moved(levels, sizes):
+            if after not in came:
+                came[after] = (levels, move)
                 queue.append(after)
-    return found
+    return {level: _traced_moves(came, levels) for level, levels in first.items()}
+
+
+def _moved(levels: tuple[int, ...], sizes: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for source, size in enumerate(sizes):
+        name = "ABC"[source]
+        yield f"fill {name}", (*levels[:source], size, *levels[source + 1 :])
+        yield f"empty {name}", (*levels[:source], 0, *levels[source + 1 :])
+        for target, room in enumerate(sizes):
+            amount = min(levels[source], room - levels[target])
+            if target != source and amount:
+                after = list(levels)
+                after[source] -= amount
+                after[target] += amount
+                yield f"pour {name} {'ABC'[target]}", tuple(after)
+
+
+def _traced_moves(
+    came: dict[tuple[int, ...], tuple[tuple[int, ...], str]], levels: tuple[int, ...]
+) -> list[str]:
+    moves = []
+    while came[levels][1]:
+        levels, move = came[levels]
+        moves.append(move)
+    return moves[::-1]

@@ -2,17 +2,14 @@
 
 import difflib
 import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from m1.config.schema import TaskSourceConfig
 from m1.data.demonstrations import SOLVERS, require_solver
-from m1.storage import atomic_write
 from m1.types import M1Error, Task
 
 
@@ -54,18 +51,6 @@ def num_shared_prompts(splits: TaskSplits) -> int:
     """Prompts that occur more than once over all splits, white space aside."""
     tasks = (*splits.sft, *splits.rl, *splits.heldout)
     return sum(count > 1 for count in Counter(_prompt_key(task.prompt) for task in tasks).values())
-
-
-def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    """Write one JSON object a line."""
-    lines = [json.dumps(asdict(task), sort_keys=True, ensure_ascii=False) + "\n" for task in tasks]
-    atomic_write(path, "".join(lines).encode())
-
-
-def read_tasks(path: Path) -> list[Task]:
-    """Tasks that `write_tasks` wrote."""
-    with path.open(encoding="utf-8") as stream:
-        return [Task(**json.loads(line)) for line in stream]
 
 
 def _draw(
