@@ -1,4 +1,4 @@
-"""The command line: `m1 run | stage | compile | plan | convert | recipe | ui | doctor`."""
+"""The command line: `m1 run | stage | compile | plan | convert | grade | curate | ...`."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from m1 import cli_convert, cli_grade, cli_plan, cli_recipe
+from m1 import cli_convert, cli_curate, cli_grade, cli_plan, cli_recipe
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.types import M1Error
@@ -23,6 +23,7 @@ app.add_typer(cli_recipe.app, name="recipe")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_grade.grade)
+app.command()(cli_curate.curate)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")
