@@ -2,16 +2,19 @@
 
     python -m benchmarks.code_throughput [--json OUT] [--programs N] [--workers W]
 
-Every program is another one (nothing is cached), reads one line and prints one; a job is a sandbox
-opened, one test run in it, and closed. The load of the machine is recorded, because the figure
-means nothing without it.
+A job is a sandbox opened, one test run in it, and closed; every program is another one, so nothing
+is cached. Beside it the same programs as plain processes without any isolation, in the same minute:
+the difference is the sandbox, the rest is Python's own start. The load of the machine is recorded,
+because the figure means nothing without it.
 """
 
 import argparse
 import json
 import os
 import resource
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.machine import write
@@ -41,10 +44,12 @@ def main() -> None:
             seconds = time.perf_counter() - started
         assert all(j.verdict is not None and j.verdict.accuracy == 1 for j in found)
         cpu = _cpu_seconds() - children_before
+        plain = _plain_per_second(arguments.programs, workers)
         rows.append(
             {
                 "workers": workers,
                 "programs_per_second": arguments.programs / seconds,
+                "plain_processes_per_second": plain,
                 "load_before": load_before,
                 "cpu_ms_per_program": 1e3 * cpu / arguments.programs,
             }
@@ -52,6 +57,18 @@ def main() -> None:
         print("  ".join(f"{k} {v:.1f}" for k, v in rows[-1].items()), flush=True)
     about = {"cores": os.cpu_count(), "cgroup": cgroup.version(), "weak": bubblewrap.weaknesses()}
     write(arguments.json, {**about, "results": rows})
+
+
+def _plain_per_second(count: int, workers: int) -> float:
+    def run(number: int) -> bytes:
+        program = f"print(int(input()) + 1)  # {number}"
+        command = ["/usr/bin/python3", "-I", "-S", "-c", program]
+        return subprocess.run(command, input=b"4\n", capture_output=True, check=True).stdout
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(workers) as threads:
+        assert set(threads.map(run, range(count))) == {b"5\n"}
+    return count / (time.perf_counter() - started)
 
 
 def _cpu_seconds() -> float:

@@ -26,6 +26,8 @@ UNPRIVILEGED_ID = 200_001
 """User and group that root becomes before bubblewrap starts; owns nothing on the host."""
 _OPEN_FILES = 256
 _FILE_BYTES = 256 * MIB
+_OWN_PROCESSES = 4
+"""What bubblewrap itself needs."""
 _SETUP_FAILED = b"bwrap: "
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/bin", "/usr/sbin")
 
@@ -243,6 +245,9 @@ def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
     is_root = os.geteuid() == 0
     cpu = max(1, int(-(-limits.cpu_seconds // 1)))
     memory = limits.memory_mib * MIB
+    # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
+    user = UNPRIVILEGED_ID if is_root else os.getuid()
+    num_processes = 0 if entrances else limits.num_processes + _OWN_PROCESSES + _running(user)
 
     def enter() -> None:
         for path in entrances:
@@ -260,18 +265,16 @@ def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
             os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
             os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         if not entrances:
-            # After the change of user: the bound counts all processes of one user.
-            wanted = limits.num_processes + (0 if is_root else _own_processes())
             hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-            bound = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            bound = num_processes if hard < 0 else min(num_processes, hard)
             resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
     return enter
 
 
-def _own_processes() -> int:
-    """Threads that this user already runs, which RLIMIT_NPROC counts too."""
-    user, total = os.getuid(), 0
+def _running(user: int) -> int:
+    """Threads that a user already runs."""
+    total = 0
     for path in Path("/proc").iterdir():
         try:
             if path.name.isdigit() and path.stat().st_uid == user:
