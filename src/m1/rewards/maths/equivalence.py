@@ -1,15 +1,14 @@
 """Whether two answers are the same: from text, over types, to expressions."""
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 
-from m1.rewards.maths import symbolic
+from m1.rewards.maths import kinds, symbolic
 from m1.rewards.maths.intervals import Piece, names_a_set, parse_set, split_top
+from m1.rewards.maths.kinds import Comparison
 from m1.rewards.maths.normal import compact, nesting, normalize
-from m1.rewards.maths.numbers import Number, parse_based, parse_number, same_number
+from m1.rewards.maths.numbers import Number, parse_number, same_number
 from m1.rewards.maths.symbolic import Unreadable
-from m1.rewards.maths.units import Unit, split_unit
 
 _MAX_NESTING = 60
 _MAX_ITEMS = 40
@@ -19,25 +18,8 @@ _ASSIGNMENT = re.compile(
     r"\s*(?:=|\\in|\\approx|\\equiv|:)\s*(?P<value>[^=<>]+)$"
 )
 _NAMED_TUPLE = re.compile(r"^\([A-Za-z]\w?(?:, ?[A-Za-z]\w?)+\)\s*=\s*(?=\()")
-_TIME = re.compile(
-    r"(?P<hour>\d{1,2})(?::(?P<minute>\d{2}))?(?::(?P<second>\d{2}))?\s*(?P<half>[ap])\.?\s?m\.?"
-    r"|(?P<hour2>\d{1,2}):(?P<minute2>\d{2})(?::(?P<second2>\d{2}))?",
-    re.IGNORECASE,
-)
-_RATIO = re.compile(r"(.+?)\s*(?::|\bto\b|\\to\b)\s*(.+)")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*")
-_CHOICE = re.compile(r"\(?\s*([A-Ea-e])\s*\)?\.?")
 _MATRIX = re.compile(r"\\begin\{(?:[pbBvV]?matrix|array)\}(?:\{[lcr|]+\})?(.*?)\\end\{[A-Za-z]+\}")
 _MODULUS = re.compile(r"\\(?:bmod|pmod|mod)|\bmod\b")
-_PERCENT = re.compile(r"(.+?)\s*(?:%|percent(?:age)?(?: points?)?|per cent)")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Whether two answers are equal, and what decided."""
-
-    is_equal: bool
-    reason: str
 
 
 def compare(reference: str, answer: str) -> Comparison:
@@ -58,14 +40,13 @@ def _compare_typed(raw_first: str, raw_second: str, first: str, second: str) -> 
     numbers = parse_number(first), parse_number(second)
     if numbers[0] and numbers[1] and not _has_separator_conflict(first, second):
         return Comparison(same_number(numbers[0], numbers[1]), "number")
-    for check in (_bases, _times, _percents, _choices, _matrices, _sets, _lists, _assignments):
-        found = check(first, second)
-        if found is not None:
-            return found
-    found = _quantities(raw_first, raw_second)
-    if found is not None:
-        return found
-    return _ratios(first, second) or _words(first, second) or _expressions(first, second)
+    found = kinds.bases(first, second) or kinds.times(first, second)
+    found = found or kinds.percents(first, second, _equal) or kinds.choices(first, second)
+    for check in (_matrices, _sets, _lists, _assignments):
+        found = found or check(first, second)
+    found = found or kinds.quantities(raw_first, raw_second, _equal)
+    found = found or kinds.ratios(first, second, _equal) or kinds.words(first, second)
+    return found or _expressions(first, second)
 
 
 def _equal(first: str, second: str) -> bool:
@@ -75,66 +56,6 @@ def _equal(first: str, second: str) -> bool:
 def _has_separator_conflict(first: str, second: str) -> bool:
     """`1,234` against `1, 234`: one is a number, the other may be two."""
     return any(", " in text for text in (first, second))
-
-
-def _bases(first: str, second: str) -> Comparison | None:
-    based = parse_based(first), parse_based(second)
-    if based[0] and based[1]:
-        same = int(*based[0]) == int(*based[1])
-        return Comparison(same and based[0][1] == based[1][1], "base")
-    if not (based[0] or based[1]):
-        return None
-    digits, base = based[0] or based[1] or ("0", 10)
-    other = second if based[0] else first
-    number = parse_number(other)
-    if number is None:
-        is_same = other.replace(" ", "").upper() == digits and not other.isdigit()
-        return Comparison(is_same, "base")
-    is_value = number.value == int(digits, base)
-    # The base is often left away where the question names it.
-    return Comparison(is_value or other.replace(" ", "") == digits, "base")
-
-
-def _times(first: str, second: str) -> Comparison | None:
-    times = _TIME.fullmatch(first), _TIME.fullmatch(second)
-    if not (times[0] and times[1]):
-        return None
-    halves = [bool(match["half"]) for match in times if match]
-    a, b = (_seconds(match) for match in times if match)
-    if halves[0] != halves[1]:
-        return Comparison(a % 43200 == b % 43200, "time")
-    return Comparison(a == b, "time")
-
-
-def _seconds(match: re.Match[str]) -> int:
-    hour = int(match["hour"] or match["hour2"] or 0)
-    minute = int(match["minute"] or match["minute2"] or 0)
-    second = int(match["second"] or match["second2"] or 0)
-    if match["half"]:
-        hour = hour % 12 + (12 if match["half"].lower() == "p" else 0)
-    return 3600 * hour + 60 * minute + second
-
-
-def _percents(first: str, second: str) -> Comparison | None:
-    shares = _PERCENT.fullmatch(first), _PERCENT.fullmatch(second)
-    if shares[0] and shares[1]:
-        return Comparison(_equal(shares[0][1], shares[1][1]), "percent")
-    if not (shares[0] or shares[1]):
-        return None
-    share, other = (shares[0], second) if shares[0] else (shares[1], first)
-    assert share
-    a, b = parse_number(share[1]), parse_number(other)
-    if a is None or b is None:
-        return None if split_unit(other)[1] is None else Comparison(False, "percent")
-    is_omitted = a.value == b.value and abs(a.value) >= 1
-    return Comparison(is_omitted or a.value / 100 == b.value, "percent")
-
-
-def _choices(first: str, second: str) -> Comparison | None:
-    letters = _CHOICE.fullmatch(first), _CHOICE.fullmatch(second)
-    if not (letters[0] and letters[1]):
-        return None
-    return Comparison(letters[0][1].lower() == letters[1][1].lower(), "choice")
 
 
 def _matrices(first: str, second: str) -> Comparison | None:
@@ -296,57 +217,6 @@ def _assignments(first: str, second: str) -> Comparison | None:
 
 def _has_letters(text: str) -> bool:
     return re.search(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", text) is not None
-
-
-def _quantities(raw_first: str, raw_second: str) -> Comparison | None:
-    (value_a, unit_a), (value_b, unit_b) = split_unit(raw_first), split_unit(raw_second)
-    if unit_a is None and unit_b is None:
-        return None
-    if unit_a is not None and unit_b is not None:
-        return _same_quantity(value_a, unit_a, value_b, unit_b)
-    unit, bare = (unit_a, value_b) if unit_a is not None else (unit_b, value_a)
-    assert unit is not None
-    if unit.dimensions == (("angle", 1),) and r"\pi" in bare:
-        degrees = value_a if unit_a is not None else value_b
-        return Comparison(_equal(rf"\frac{{({degrees})\pi}}{{180}}", bare), "angle")
-    if not unit.is_sure:
-        return None
-    found = compare(value_a, value_b)
-    return Comparison(found.is_equal, "unit_omitted" if found.is_equal else found.reason)
-
-
-def _same_quantity(value_a: str, unit_a: Unit, value_b: str, unit_b: Unit) -> Comparison:
-    if unit_a.dimensions != unit_b.dimensions:
-        return Comparison(False, "unit")
-    if unit_a.factor == unit_b.factor:
-        return Comparison(_equal(value_a, value_b), "quantity")
-    a, b = parse_number(value_a), parse_number(value_b)
-    if a is None or b is None:
-        return Comparison(False, "unit")
-    return Comparison(a.value * unit_a.factor == b.value * unit_b.factor, "quantity")
-
-
-def _ratios(first: str, second: str) -> Comparison | None:
-    a, b = _RATIO.fullmatch(first), _RATIO.fullmatch(second)
-    if not (a or b):
-        return None
-    x = f"\\frac{{{a[1]}}}{{{a[2]}}}" if a else first
-    y = f"\\frac{{{b[1]}}}{{{b[2]}}}" if b else second
-    if ":" in x or ":" in y:
-        return None
-    return Comparison(_equal(x, y), "ratio")
-
-
-def _words(first: str, second: str) -> Comparison | None:
-    if not (_WORDS.fullmatch(first) and _WORDS.fullmatch(second)):
-        return None
-    if len(first) < 2 or len(second) < 2:
-        return Comparison(False, "text") if first.lower() == second.lower() else None
-    a, b = (re.sub(r"^(?:the|a|an) ", "", text.lower()).strip() for text in (first, second))
-    if a == b:
-        return Comparison(True, "words")
-    # Two words are no product of letters; single terms such as ab and ba may be.
-    return Comparison(False, "words") if max(len(first), len(second)) > 3 else None
 
 
 def _expressions(first: str, second: str) -> Comparison:
