@@ -26,6 +26,11 @@ _LOADING_SECONDS = 120.0
 _BUSY_SHARE = 0.5
 """A worker that used less of its time than this on a processor was not kept busy by the answer."""
 
+_IDLE_SHARE = 0.05
+"""A worker that used less than this was not even trying."""
+_LONGEST_STRETCH = 10
+_READING_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class ServiceConfig:
@@ -202,7 +207,9 @@ class RewardService:
             answer = wire.receive(worker.connection, _LOADING_SECONDS)
             if "started" in answer:
                 cpu_before = worker.cpu_seconds()
-                answer = wire.receive(worker.connection, timeout)
+                if not _has_answered(worker, cpu_before, timeout):
+                    raise wire.TimedOut
+                answer = wire.receive(worker.connection, _READING_SECONDS)
         except wire.TimedOut:
             self._metrics.add(kind, timeouts=1)
             is_loading = cpu_before is None
@@ -275,6 +282,22 @@ class RewardService:
                 self._nursery.preload(kind)
                 self._preloaded.add(kind)
             return self._nursery
+
+
+def _has_answered(worker: Worker, cpu_before: float, timeout: float) -> bool:
+    """Wait for an answer; longer than `timeout` while busy neighbours keep a busy worker waiting.
+
+    It ends with the answer, or once the worker has been busy for its share of the time, has been
+    idle for as long, or has waited `_LONGEST_STRETCH` times.
+    """
+    used = 0.0
+    for _ in range(_LONGEST_STRETCH):
+        if wire.is_ready(worker.connection, timeout):
+            return True
+        before, used = used, worker.cpu_seconds() - cpu_before
+        if used >= _BUSY_SHARE * timeout or used - before < _IDLE_SHARE * timeout:
+            return False
+    return False
 
 
 def content_key(task: Task, completion: str) -> str:

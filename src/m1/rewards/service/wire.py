@@ -40,14 +40,19 @@ def receive(connection: socket.socket, timeout_seconds: float | None = None) -> 
     return message
 
 
+def is_ready(connection: socket.socket, timeout_seconds: float) -> bool:
+    """Whether something, or the end, can be read within the time."""
+    poll = select.poll()  # select() fails beyond 1,024 descriptors
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_seconds))
+
+
 def _read(connection: socket.socket, size: int, deadline: float | None) -> bytes:
     data = bytearray()
     while len(data) < size:
         if deadline is not None:
             left = max(0.0, deadline - time.monotonic())
-            poll = select.poll()  # select() fails beyond 1,024 descriptors
-            poll.register(connection, select.POLLIN)
-            if not poll.poll(1000 * left):
+            if not is_ready(connection, left):
                 raise TimedOut
         try:
             part = connection.recv(min(1 << 20, size - len(data)))
