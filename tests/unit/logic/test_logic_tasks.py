@@ -150,7 +150,7 @@ def test_expressions_are_parsed_and_never_executed(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_200_instances_at_three_difficulties_with_50_wrong_answers_each(name):
     failures, medians = audit(name, num_instances=200, num_mutations=50)

@@ -188,6 +188,6 @@ def test_600_mixed_jobs_all_get_a_verdict_or_a_named_error():
     check_mixed(600)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_10000_mixed_jobs_all_get_a_verdict_or_a_named_error():
     check_mixed(10_000)
