@@ -225,34 +225,39 @@ def run_case(case: Case, bandwidth: float) -> dict[str, Any]:
         "ours": time_attention(ours(x), x),
         "floor": {"forward_ms": 4 * unit_ms, "both_ms": 11 * unit_ms},
     }
+    show(case.name, "ours", found["ours"], found)
     layers = {"ours": lambda: our_layer(x), "ours_plain": lambda: plain_layer(ours(x), x)}
+    if case.with_softmax:
+        found["softmax"] = attempt("softmax", lambda: time_attention(softmax(case), x, replays=3))
+        show(case.name, "softmax", found["softmax"], found)
     peer = attempt("fla", lambda: fla(case, x))
     if peer is not None:
         found["errors"]["peer"] = attempt("fla", lambda: check_peer(x, peer))
     if peer is not None and found["errors"]["peer"] is not None:
         found["fla"] = attempt("fla", lambda: time_attention(peer, x))
+        show(case.name, "FLA", found["fla"], found)
         layers["fla"] = lambda: plain_layer(peer, x)
-    if case.with_softmax:
-        found["softmax"] = attempt("softmax", lambda: time_attention(softmax(case), x, replays=3))
     found["layer_ms"] = {
         name: attempt(f"{name} layer", partial(time_layer, layer, x))
         for name, layer in layers.items()
         if case.with_layer
     }
-    show(found)
+    if case.with_layer:
+        text = ", ".join(f"{name} {ms:.3f}" for name, ms in found["layer_ms"].items() if ms)
+        print(f"{case.name:16s} layer f+b ms: {text}", flush=True)
     return found
 
 
-def show(found: dict[str, Any]) -> None:
-    mine, floor, other = found["ours"], found["floor"], found.get("fla")
-    text = f"{found['case']:16s}"
+def show(case: str, name: str, times: dict[str, float] | None, found: dict[str, Any]) -> None:
+    if times is None:
+        return
+    text = f"{case:16s} {name:8s}"
     for key, label in (("forward_ms", "fwd"), ("both_ms", "f+b")):
-        text += f" {label} {mine[key]:7.3f} ms {floor[key] / mine[key]:4.0%}"
-        text += f" {other[key] / mine[key]:4.2f}x FLA" if other else ""
-    if found.get("softmax"):
-        text += f" softmax f+b {found['softmax']['both_ms']:.1f}"
-    layer = ", ".join(f"{k} {v:.3f}" for k, v in found["layer_ms"].items() if v)
-    print(f"{text}; layer f+b: {layer}" if layer else text, flush=True)
+        ratio = times[key] / found["ours"][key]
+        text += (
+            f" {label} {times[key]:8.3f} ms {found['floor'][key] / times[key]:4.0%} {ratio:6.2f}x"
+        )
+    print(text, flush=True)
 
 
 def run_decode(batch: int, heads: int, bandwidth: float) -> dict[str, Any]:
