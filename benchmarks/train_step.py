@@ -118,7 +118,7 @@ def kernel_times(trainer: Trainer, batches: list[MicroBatch]) -> list[dict[str, 
             "milliseconds": round(e.self_device_time_total / 1e3, 3),
             "calls": e.count,
         }
-        for e in events[:25]
+        for e in events[:60]
     ]
 
 

@@ -19,6 +19,16 @@ settings.load_profile("m1")
 torch.set_num_threads(1)
 cpu.without_compilation()  # before any test imports megatron-core
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist a module stays on one worker, and so do all that share the pipeline's run."""
+    for item in items:
+        folder = item.path.parent
+        name = folder if folder.name == "pipelines" else item.path
+        item.add_marker(pytest.mark.xdist_group(str(name)))
+
+
 ModelFactory = Callable[..., torch.nn.Module]
 CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 PROJECT = Path(__file__).parents[1]

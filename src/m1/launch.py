@@ -6,12 +6,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from m1 import ranks
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stages_of
-from m1.stage import StageBody, execute, finished
+from m1.stage import StageBody, StageContext, StageOutput, execute, finished
 from m1.types import M1Error, Pointer
 
 BODIES = {
@@ -29,6 +31,8 @@ torch."""
 def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None = None) -> Pointer:
     """Run one stage of a recipe, or find it done.
 
+    A stage whose layout has several processes gets them on this machine, by torchrun.
+
     Raises:
         M1Error: The recipe has no such stage, or the stage could not run.
     """
@@ -36,16 +40,25 @@ def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None
         raise M1Error(
             f"recipe {recipe.name} has no stage {name!r}; it has: {', '.join(stages_of(recipe))}"
         )
+    if num_processes(name, recipe) > 1 and finished(name, recipe) is None:
+        return ranks.run(name, recipe, inputs=inputs, num_processes=num_processes(name, recipe))
+    return execute(name, recipe, partial(run_body, name), inputs=inputs)
 
-    def body(*args: Any) -> Any:
-        module, _, function = BODIES[name].partition(":")
-        warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
-        if name != "data":
-            importlib.import_module("m1.model.cpu").without_compilation()
-        loaded: StageBody = getattr(importlib.import_module(module), function)
-        return loaded(*args)
 
-    return execute(name, recipe, body, inputs=inputs)
+def num_processes(name: str, recipe: Recipe) -> int:
+    """Processes of a stage's parallel layout; 1 for stages without one."""
+    parallel = getattr(getattr(recipe, name, None), "parallel", None)
+    return parallel.world_size if parallel is not None else 1
+
+
+def run_body(name: str, context: StageContext, recipe: Recipe) -> StageOutput:
+    """Import a stage's body and run it."""
+    module, _, function = BODIES[name].partition(":")
+    warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
+    if name != "data":
+        importlib.import_module("m1.model.cpu").without_compilation()
+    body: StageBody = getattr(importlib.import_module(module), function)
+    return body(context, recipe)
 
 
 def stage_recipe(name: str, recipe: Recipe) -> Recipe:

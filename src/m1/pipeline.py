@@ -17,8 +17,8 @@ from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import image_digest, recipe_hash, stage_hashes, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import METRICS, PROBABILITIES, pointer_key, read_metrics
-from m1.storage import LocalStorage, atomic_write, disk_errors, open_storage
+from m1.stage import METRICS, PROBABILITIES, local_root, pointer_key, read_metrics
+from m1.storage import atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
 from m1.tracking.lineage import tracking_uri
@@ -101,13 +101,6 @@ def load_pipelines(module: str) -> ModuleType:
         if error.name is None or not error.name.startswith("kfp"):
             raise
         raise M1Error("running a pipeline needs KFP; pip install 'm1[pipelines]'") from error
-
-
-def local_root(recipe: Recipe) -> Path:
-    """Folder on this machine for runs: the storage root, or the scratch folder beside S3."""
-    storage = open_storage(recipe.storage.root)
-    is_local = isinstance(storage, LocalStorage)
-    return Path(recipe.storage.root if is_local else recipe.storage.scratch).absolute()
 
 
 def run_folder(recipe: Recipe) -> Path:

@@ -63,10 +63,16 @@ class StageContext:
     """The stage's own folder, kept between attempts."""
     inputs: Mapping[str, Pointer]
     """Outputs of earlier stages, by stage."""
-    run: StageRun
-    """The stage's MLflow run."""
+    _run: StageRun | None
     events: EventLog
     _fetch: Callable[[Pointer], Path]
+
+    @property
+    def run(self) -> StageRun:
+        """The stage's MLflow run, which only the first rank has."""
+        if self._run is None:
+            raise RuntimeError(f"stage {self.name} records on its first rank only")
+        return self._run
 
     @property
     def output(self) -> Path:
@@ -87,15 +93,22 @@ class StageContext:
         self.events.emit(self.name, "progress", phase=phase, step=done, total=total)
 
     def log(self, metrics: Mapping[str, float], *, step: int, total: int) -> None:
-        """Record metrics of `step` (counted from 1) in metrics.jsonl, MLflow and the display."""
+        """Record metrics of `step` (counted from 1) in metrics.jsonl, MLflow and the display.
+
+        Ranks but the first record nothing.
+        """
+        if self._run is None:
+            return
         line = {"step": step, "total": total, "time": time.time(), "metrics": dict(metrics)}
         with disk_errors(self.folder), (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self.run.log_metrics(metrics, step=step)
+        self._run.log_metrics(metrics, step=step)
         self.events.emit(self.name, "progress", step=step, total=total, metrics=dict(metrics))
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: work that a resumed stage is about to repeat."""
+        if self._run is None:
+            return
         path = self.folder / METRICS
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         with disk_errors(self.folder):
@@ -142,7 +155,7 @@ def execute(
         if done is not None:
             events.emit(stage, "cached", seconds=done.metadata.get("seconds", 0.0))
             return done
-        _exit_with_launcher()
+        exit_with_launcher()
         storage = open_storage(recipe.storage.root)
         storage.ensure_usable()
         resolved = dict(inputs) if inputs is not None else _find_inputs(stage, recipe)
@@ -154,6 +167,35 @@ def execute(
         raise
 
 
+def assist(
+    stage: str, recipe: Recipe, body: StageBody, *, inputs: Mapping[str, Pointer] | None = None
+) -> None:
+    """A further rank's part of a stage that the first rank `execute`s: the body, and no records."""
+    exit_with_launcher()
+    local = local_root(recipe)
+    context = StageContext(
+        name=stage,
+        stage_hash=stage_hashes(recipe)[stage],
+        folder=stage_folder(stage, recipe),
+        inputs=dict(inputs) if inputs is not None else _find_inputs(stage, recipe),
+        _run=None,
+        events=EventLog(None),
+        _fetch=lambda pointer: fetch(pointer, scratch=local),
+    )
+    body(context, recipe)
+
+
+def local_root(recipe: Recipe) -> Path:
+    """Folder on this machine for runs: the storage root, or the scratch folder beside S3."""
+    is_local = isinstance(open_storage(recipe.storage.root), LocalStorage)
+    return Path(recipe.storage.root if is_local else recipe.storage.scratch).absolute()
+
+
+def stage_folder(stage: str, recipe: Recipe) -> Path:
+    """The stage's own folder on this machine."""
+    return local_root(recipe) / Path(pointer_key(stage, stage_hashes(recipe)[stage])).parent
+
+
 def _run(
     stage: str,
     recipe: Recipe,
@@ -163,10 +205,7 @@ def _run(
     events: EventLog,
 ) -> Pointer:
     stage_hash = stage_hashes(recipe)[stage]
-    local = Path(
-        recipe.storage.root if isinstance(storage, LocalStorage) else recipe.storage.scratch
-    )
-    folder = (local / "stages" / f"{stage}-{stage_hash[:12]}").absolute()
+    local, folder = local_root(recipe), stage_folder(stage, recipe)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -191,7 +230,7 @@ def _run(
             stage_hash=stage_hash,
             folder=folder,
             inputs=inputs,
-            run=run,
+            _run=run,
             events=events,
             _fetch=lambda pointer: fetch(pointer, scratch=local),
         )
@@ -253,9 +292,11 @@ def fetch(pointer: Pointer, *, scratch: Path) -> Path:
     """
     if pointer.uri.startswith("s3://"):
         folder = scratch / "downloads" / pointer.digest[:16]
-        if not folder.exists():
-            root, _, key = pointer.uri.partition("/stages/")
-            open_storage(root).download_folder(f"stages/{key}", folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # ranks of a machine ask at once
+            if not folder.exists():
+                root, _, key = pointer.uri.partition("/stages/")
+                open_storage(root).download_folder(f"stages/{key}", folder)
     else:
         folder = Path(pointer.uri)
     found = folder_digest(folder) if folder.is_dir() else None
@@ -312,7 +353,7 @@ def _log_inputs(run: StageRun, recipe: Recipe, stage: str, inputs: Mapping[str, 
             run.log_input_model(pointer.metadata["model_id"])
 
 
-def _exit_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """End this process when the launcher named in M1_LAUNCHER_PID dies, even by SIGKILL."""
     pid = os.environ.get("M1_LAUNCHER_PID")
     if pid is None:

@@ -1,7 +1,8 @@
 """20 updates in BF16 under one layout, from a common checkpoint; run by torchrun.
 
-`layout_worker.py FOLDER NAME LAYOUT_JSON`: writes NAME.json; the layout named `one` also writes the
-common checkpoint.
+`layout_worker.py FOLDER NAME LAYOUT_JSON`: writes NAME.json and the checkpoint NAME; the layout
+named `one` also writes the common checkpoint, and the others read the one it ended with.
+`layout_worker.py FOLDER read NAMES_JSON`: loss of every named checkpoint on one GPU.
 """
 
 import json
@@ -38,11 +39,26 @@ def micro_batch(seed: int) -> MicroBatch:
     return MicroBatch(tokens[:-1], tokens[1:], lengths, torch.full((1854,), 1 / (4 * 1854)))
 
 
-def main(folder: Path, name: str, layout: dict) -> None:
-    parallel = ParallelConfig.model_validate(layout)
+def make_trainer(parallel: ParallelConfig) -> Trainer:
     initialize(parallel)
-    optimizer = OptimizerConfig(lr=1e-3)
-    trainer = Trainer(MODEL, optimizer, vocab_size=VOCAB, seed=1, parallel=parallel)
+    return Trainer(MODEL, OptimizerConfig(lr=1e-3), vocab_size=VOCAB, seed=1, parallel=parallel)
+
+
+def loss_of(trainer: Trainer, checkpoint: Path) -> float:
+    assert trainer.load(checkpoint) == {"step": STEPS}
+    batches = [micro_batch(7 + i) for i in range(4)]
+    return trainer.evaluate(trainer.share(batches), cross_entropy)["loss"]
+
+
+def read(folder: Path, names: list[str]) -> None:
+    trainer = make_trainer(ParallelConfig())
+    found = {name: loss_of(trainer, folder / name) for name in names}
+    (folder / "read.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main(folder: Path, name: str, layout: dict) -> None:
+    trainer = make_trainer(ParallelConfig.model_validate(layout))
     if name == "one":
         trainer.save(folder / "start", {"step": 0})
     trainer.load(folder / "start")
@@ -52,11 +68,19 @@ def main(folder: Path, name: str, layout: dict) -> None:
         result = trainer.update(trainer.share(batches), cross_entropy, lr=1e-3)
         losses.append(result.sums["loss"])
         norms.append(result.grad_norm)
+    trainer.save_in_background(folder / name, {"step": STEPS}, then=lambda: None)
+    trainer.finish_saves(wait=True)
+    found = {"losses": losses, "norms": norms, "own": loss_of(trainer, folder / name)}
+    found["one"] = loss_of(trainer, folder / "one")
     if dist.get_rank() == 0:
-        (folder / f"{name}.json").write_text(json.dumps({"losses": losses, "norms": norms}))
+        (folder / f"{name}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
+    where, name, given = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    if name == "read":
+        read(where, given)
+    else:
+        main(where, name, given)

@@ -4,6 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 STAGES = ["data", "pretrain", "sft", "rl", "evaluate", "register"]
@@ -70,7 +71,6 @@ def test_the_lineage_chain_leads_from_the_registered_model_to_the_data(root):
 
 def test_the_exported_model_answers_in_transformers_as_ours_does(root, process_group, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from m1.config.loading import load_recipe
@@ -98,6 +98,32 @@ def test_the_exported_model_answers_in_transformers_as_ours_does(root, process_g
         with torch.no_grad():
             out = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)
         assert out[0, len(ids) :].tolist() == list(mine)
+
+
+def test_a_run_continues_from_a_model_converted_from_hugging_face(
+    m1, root, process_group, tmp_path
+):
+    from megatron.core import dist_checkpointing
+
+    from m1.config.loading import load_recipe
+    from m1.launch import finished_stages
+
+    recipe = ROOT / "tests/recipes/mini.toml"
+    first = finished_stages(load_recipe([recipe], overrides=[f"storage.root={root}"]))
+    made = m1("convert", first["register"].metadata["hf_uri"], str(tmp_path / "m1"))
+    assert made.returncode == 0, made.stdout + made.stderr
+    changes = [f"storage.root={root}", f"pretrain.start={tmp_path / 'm1'}", "pretrain.num_steps=0"]
+    ran = m1("stage", "pretrain", str(recipe), *(f"--set={change}" for change in changes))
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    folder = Path(finished_stages(load_recipe([recipe], overrides=changes))["pretrain"].uri)
+    source = Path(first["rl"].uri) / "checkpoint"
+    wanted = dist_checkpointing.load_plain_tensors(str(source))
+    found = dist_checkpointing.load_plain_tensors(str(folder / "checkpoint"))
+    assert wanted.keys() == found.keys()
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+
+    lost = m1("stage", "pretrain", str(recipe), f"--set={changes[0]}", "--set=pretrain.start=/none")
+    assert lost.returncode != 0 and "/none neither is nor holds a checkpoint" in lost.stderr
 
 
 def test_a_second_run_finds_every_stage_done(run_mini, root):

@@ -102,6 +102,7 @@ def image_digest() -> str:
 _NOT_COMPUTING = frozenset(
     {
         "cli.py",
+        "cli_convert.py",
         "cli_plan.py",
         "cli_recipe.py",
         "config",
@@ -110,6 +111,8 @@ _NOT_COMPUTING = frozenset(
         "launch.py",
         "pipeline.py",
         "plan",
+        "rank.py",
+        "ranks.py",
         "tracking",
         "ui.py",
     }

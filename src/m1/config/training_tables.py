@@ -129,6 +129,8 @@ class TrainConfig(Config):
     """Steps between resumable checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written from a copy in the CPU's memory."""
     eval_every_steps: PositiveInt = 100
     """Steps between held-out losses."""
     parallel: ParallelConfig = ParallelConfig()
@@ -149,6 +151,24 @@ class TrainConfig(Config):
 
 class PretrainConfig(TrainConfig):
     """The pretraining stage."""
+
+    num_steps: NonNegativeInt
+    """Optimizer steps; 0 hands `start` on as it is."""
+    start: str | None = None
+    """Folder of a checkpoint to continue from, as `m1 convert` and every training stage write it
+    (the paper continues from MiniMax-Text-01); its path is part of the stage hash, its content is
+    not. Absent: random weights."""
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        if self.num_steps == 0 and self.start is None:
+            refuse(
+                [
+                    "num_steps is 0, but there is no start, so later stages would get random "
+                    "weights; raise num_steps or name a checkpoint in start"
+                ]
+            )
+        return self
 
 
 class SftConfig(TrainConfig):
@@ -238,6 +258,8 @@ class RlConfig(Config):
     """Steps between resumable checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints to keep."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written from a copy in the CPU's memory."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the trainer."""
 

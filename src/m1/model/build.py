@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 
 from m1.config.layout import layout_mistakes, stage_layers
 from m1.config.schema import ModelConfig, ParallelConfig
 from m1.model.block import HybridConfig
-from m1.model.head import keep_float
+from m1.model.head import HybridModel, keep_float
 from m1.model.spec import block_spec, uses_transformer_engine
 from m1.types import M1Error
 
@@ -109,16 +108,16 @@ def _precision(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
 
 def build_model(
     model: ModelConfig, *, vocab_size: int, seed: int, parallel: ParallelConfig | None = None
-) -> GPTModel:
+) -> HybridModel:
     """Build this rank's part of the model, on the GPU if there is one.
 
-    Requires `m1.model.parallel.initialize` with the same layout. On the CPU initial weights depend
-    on `seed` and the architecture alone; on GPUs also on the layout. In `eval()` mode, and with
+    Requires `m1.model.parallel.initialize` with the same layout. Initial weights depend on `seed`,
+    the architecture, and how layers and experts are divided; on GPUs on the tensor ranks too. With
     packed inputs: call it with tokens [1, T], position_ids [1, T], no mask, and `packed_seq_params`
     from `m1.model.packing`.
 
     Returns:
-        A GPTModel that maps tokens to float32 logits [1, T, V], or to per-token losses [1, T] when
+        A model that maps tokens to float32 logits [1, T, V], or to per-token losses [1, T] when
         given labels.
 
     Raises:
@@ -133,7 +132,7 @@ def build_model(
     _forget_router_metrics()
     torch.manual_seed(seed)
     is_last = parallel_state.is_pipeline_last_stage()
-    built = GPTModel(
+    built = HybridModel(
         config,
         block_spec(model, config),
         vocab_size=vocab_size,
@@ -150,6 +149,10 @@ def build_model(
     if is_last:
         keep_float(built.output_layer)
         _put_first(built, "output_layer")
+    if uses_transformer_engine(model) and model.moe is not None:
+        from m1.model.experts import use_our_kernels
+
+        use_our_kernels(built, is_fp8=model.precision == "fp8")
     return built.cuda() if torch.cuda.is_available() else built
 
 

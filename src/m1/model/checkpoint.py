@@ -1,17 +1,7 @@
-"""Sharded checkpoints by megatron-core's dist_checkpointing: complete or absent, and verified.
+"""Sharded checkpoints by megatron-core's dist_checkpointing: complete or absent, and verified."""
 
-A checkpoint is written under a hidden name, its files' digests go into `complete.json`, and only
-then it gets its name. A crash leaves the previous checkpoint as it was.
-"""
-
-import hashlib
 import json
-import logging
-import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +9,56 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint.api import CheckpointException
 
 from m1.model.cpu import single_threaded
 from m1.model.fitting import does_not_fit, drop_absent_scales, require_same_tensors
 from m1.model.moments import METADATA, allocate_moments, load_moments, moments, num_updates
-from m1.storage import disk_errors
+from m1.model.quiet import ordinary_exceptions, quiet
+from m1.model.saving import MARKER, Saving, sha256
 from m1.types import M1Error
-
-MARKER = "complete.json"
 
 
 def save(
-    folder: Path, model: MegatronModule, optimizer: MegatronOptimizer, state: dict[str, Any]
-) -> str:
-    """Write a checkpoint at `folder`, which appears only when whole.
+    folder: Path,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    state: dict[str, Any],
+    *,
+    in_background: bool = False,
+) -> Saving:
+    """Begin a checkpoint at `folder`, which appears only when whole: call `finish` on the result.
 
     Args:
         folder: Must not exist.
         model: The bare model.
         optimizer: Its optimizer.
         state: JSON-like values of the stage (step, cursor, ...).
-
-    Returns:
-        The checkpoint's digest, sha256 over its manifest.
+        in_background: Whether a thread writes the files; model and optimizer may change meanwhile.
 
     Raises:
         M1Error: The disk is full or not writable; earlier checkpoints are intact.
     """
     allocate_moments(optimizer)
     sharded = model.sharded_state_dict(metadata=METADATA)
-    return _write(
-        folder,
-        {
-            "model": sharded,
-            "optimizer": moments(optimizer, sharded, is_loading=False),
-            "num_updates": num_updates(optimizer),
-            "state": state,
-        },
-    )
+    content = {
+        "model": sharded,
+        "optimizer": moments(optimizer, sharded, is_loading=False),
+        "num_updates": num_updates(optimizer),
+        "state": state,
+    }
+    return Saving(folder, content, in_background=in_background)
 
 
 def save_weights(folder: Path, model: MegatronModule) -> str:
     """Write only the model's weights at `folder`, for `load_weights`; returns the digest."""
-    return _write(folder, {"model": sharded_weights(model)})
+    return Saving(folder, {"model": sharded_weights(model)}, in_background=False).finish()
 
 
 def sharded_weights(model: MegatronModule) -> dict[str, Any]:
     """Every parameter's place in the global model, by name, as a checkpoint of weights has it."""
     return model.sharded_state_dict(metadata=METADATA)  # type: ignore[no-any-return]
-
-
-def require_absent(folder: Path) -> None:
-    """Raise if there is something where a checkpoint is to be written."""
-    if folder.exists():
-        raise M1Error(
-            f"{folder} exists already; a checkpoint is never overwritten. Delete it first"
-        )
-
-
-def _write(folder: Path, full: dict[str, Any]) -> str:
-    require_absent(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    is_writer = dist.get_rank() == 0
-    if is_writer:
-        shutil.rmtree(partial, ignore_errors=True)
-        with disk_errors(folder.parent):
-            partial.mkdir(parents=True)
-    dist.barrier()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    try:
-        with disk_errors(folder.parent), _quiet(), single_threaded(), _ordinary_exceptions():
-            dist_checkpointing.save(full, str(partial), strategy)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    digest = ""
-    if is_writer:
-        with disk_errors(folder.parent):
-            digest = complete(partial, folder)
-    dist.barrier()
-    return digest
 
 
 def load(folder: Path, model: MegatronModule, optimizer: MegatronOptimizer) -> dict[str, Any]:
@@ -134,7 +90,7 @@ def load_weights(folder: Path, model: MegatronModule) -> None:
 def _read(folder: Path, full: dict[str, Any]) -> dict[str, Any]:
     require_same_tensors(full["model"], folder)
     try:
-        with _quiet(), single_threaded(), _ordinary_exceptions():
+        with quiet(), single_threaded(), ordinary_exceptions():
             absent = drop_absent_scales(full["model"], folder)
             loaded: dict[str, Any] = dist_checkpointing.load(full, str(folder))
             loaded["model"] |= {key: torch.empty(0, dtype=torch.uint8) for key in absent}
@@ -144,10 +100,10 @@ def _read(folder: Path, full: dict[str, Any]) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its digest.
+    """Check every file of a checkpoint against its digest; each rank of a run checks its share.
 
     Raises:
-        M1Error: Names the file that is missing or differs.
+        M1Error: Names the file that is missing or differs; on every rank.
     """
     marker = folder / MARKER
     if not marker.exists():
@@ -158,20 +114,46 @@ def verify(folder: Path) -> None:
     try:
         files = json.loads(marker.read_text())["files"]
     except (ValueError, KeyError):
-        raise M1Error(
-            f"checkpoint {folder} is corrupt: {MARKER} cannot be read. Delete that folder to go on "
-            "from the checkpoint before it (or from the stage's start); nothing else was touched"
-        ) from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.exists() or _sha256(path) != expected:
-            what = (
-                "is missing" if not path.exists() else "does not have the content that was written"
-            )
-            raise M1Error(
-                f"checkpoint {folder} is corrupt: {name} {what}. Delete that folder to go on from "
-                "the checkpoint before it (or from the stage's start); nothing else was touched"
-            )
+        raise M1Error(_corrupt(folder, f"{MARKER} cannot be read")) from None
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wrong = [_wrong(folder / name, files[name]) for name in sorted(files)[rank::size]]
+    found = [text for text in wrong if text is not None][:1]
+    if size > 1:
+        gathered: list[Any] = [None] * size
+        dist.all_gather_object(gathered, found)
+        found = [text for texts in gathered for text in texts]
+    if found:
+        raise M1Error(_corrupt(folder, found[0]))
+
+
+def _wrong(path: Path, expected: str) -> str | None:
+    if not path.exists():
+        return f"{path.name} is missing"
+    if sha256(path) != expected:
+        return f"{path.name} does not have the content that was written"
+    return None
+
+
+def _corrupt(folder: Path, what: str) -> str:
+    return (
+        f"checkpoint {folder} is corrupt: {what}. Delete that folder to go on from the checkpoint "
+        "before it (or from the stage's start); nothing else was touched"
+    )
+
+
+def inside(folder: Path) -> Path:
+    """The complete checkpoint that `folder` is, or holds as `checkpoint`.
+
+    Raises:
+        M1Error: It is and holds none.
+    """
+    for path in (folder, folder / "checkpoint"):
+        if (path / MARKER).exists():
+            return path
+    raise M1Error(
+        f"{folder} neither is nor holds a checkpoint ({MARKER}); name the folder of one, and make "
+        "one from a Hugging Face model with `m1 convert`"
+    )
 
 
 def latest(parent: Path) -> Path | None:
@@ -186,54 +168,12 @@ def step_folder(parent: Path, step: int) -> Path:
 
 
 def prune(parent: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes."""
+    """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes.
+
+    Among several ranks the first one does it.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     found = sorted(p for p in parent.glob("step_*") if (p / MARKER).exists())
     for path in [*found[:-keep], *parent.glob(".step_*.partial")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def complete(partial: Path, folder: Path) -> str:
-    """Note the digest of every file of a written checkpoint and give it its name.
-
-    Returns:
-        The checkpoint's digest, sha256 over its manifest.
-    """
-    files = {
-        str(path.relative_to(partial)): _sha256(path)
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
-    manifest = json.dumps({"files": files}, indent=1, sort_keys=True)
-    with (partial / MARKER).open("w") as out:
-        out.write(manifest)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.rename(folder)
-    return hashlib.sha256(manifest.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _ordinary_exceptions() -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:  # torch derives it from BaseException
-        raise RuntimeError(str(error)) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence notices that megatron and torch repeat at every checkpoint."""
-    logger = logging.getLogger("megatron.core")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

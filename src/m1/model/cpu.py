@@ -6,7 +6,6 @@ it does nothing where CUDA is available. Line references are to megatron-core 0.
 """
 
 import contextlib
-import queue
 import sys
 import types
 from collections.abc import Iterator
@@ -60,7 +59,6 @@ def install() -> None:
     _patch_rng()
     _patch_moe()
     _patch_optimizer()
-    _patch_checkpoint_queue()
     torch.cuda._m1_cpu = True  # type: ignore[attr-defined]
 
 
@@ -177,10 +175,3 @@ def _patch_optimizer() -> None:
         return name
 
     torch.Tensor.type = typed  # type: ignore[assignment,method-assign]
-
-
-def _patch_checkpoint_queue() -> None:
-    """filesystem_async.py:51 starts a manager process for results that this process reads."""
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()

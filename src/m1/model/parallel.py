@@ -25,7 +25,7 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
     cpu.install()
     adam.install()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "WORLD_SIZE" in os.environ:
@@ -42,7 +42,7 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
             f"parallel layout tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
             f"context {parallel.context} x data {parallel.data} needs "
             f"{parallel.world_size} processes, but {world} are running; "
-            "change the layout or start that many with torchrun"
+            "change the layout or start that many"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
@@ -52,3 +52,12 @@ def initialize(parallel: ParallelConfig | None = None, *, seed: int = 1) -> None
         expert_tensor_parallel_size=parallel.expert_tensor_size,
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def _take_gpu(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        raise M1Error(
+            f"the parallel layout needs at least {local_rank + 1} GPUs on this machine, which has "
+            f"{torch.cuda.device_count()}; lower it, or use a machine with more"
+        )
+    torch.cuda.set_device(local_rank)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from m1.model import checkpoint
+from m1.model import checkpoint, saving
 from m1.model.journal import Journal, Sink, write_file
 from m1.model.weight_parts import Scratch, chunks_of, sizes_of
 from m1.storage import atomic_write, disk_errors
@@ -60,7 +60,7 @@ def write_weights(
     Raises:
         M1Error: The folder exists, another conversion was begun in its place, or the disk is full.
     """
-    checkpoint.require_absent(folder)
+    saving.require_absent(folder)
     under_way = folder.with_name(f".{folder.name}.partial")
     with disk_errors(folder.parent):
         under_way.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,9 @@ def write_weights(
     with disk_errors(folder.parent):
         atomic_write(under_way / ".metadata", pickle.dumps(metadata))
         torch.save({}, under_way / "common.pt")  # megatron's name for what is not sharded
-        save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(under_way))
-        (under_way / checkpoint.MARKER).unlink(missing_ok=True)
-        return checkpoint.complete(under_way, folder)
+        save_config(CheckpointingConfig("torch_dist", 1), str(under_way))
+        (under_way / saving.MARKER).unlink(missing_ok=True)
+        return saving.complete(under_way, folder)
 
 
 class _Parts:

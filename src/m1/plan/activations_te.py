@@ -36,14 +36,15 @@ def layer_tensors(
 
 
 def head_tensors(model: ModelConfig, vocab_size: int, share: Share) -> list[Saved]:
-    """Final norm, FP32 head and cross entropy; the softmax overwrites the logits."""
+    """Final norm, FP32 head and cross entropy, whose gradient overwrites the logits."""
     h, s, t = model.hidden_size, share.s, share.t
     return [
         Saved("input of the final norm", _BF16 * s * h),
         Saved("root of the final norm", _FP32 * s),
-        Saved("input of the head, FP32", _FP32 * s * h),
-        Saved("softmax over the vocabulary, FP32", _FP32 * t * vocab_size / share.tensor),
-        Saved("targets", (_INT64 + 1) * t),
+        Saved("input of the head", _BF16 * t * h),
+        Saved("logits, FP32", _FP32 * t * vocab_size / share.tensor),
+        Saved("largest logit and sum of exponentials, FP32", 2 * _FP32 * t),
+        Saved("targets", _INT64 * t),
     ]
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from m1.config.layout import padded_vocab
-from m1.config.schema import Recipe, RlConfig
+from m1.config.schema import ParallelConfig, Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import LocalEngine
+from m1.model import checkpoint
 from m1.model.parallel import initialize
 from m1.rollout.groups import sample_groups
 from m1.stage import PROBABILITIES, StageContext, StageOutput
@@ -42,6 +43,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     """
     config = recipe.rl
     assert config is not None
+    _require_samplable(config.parallel)
     initialize(config.parallel, seed=recipe.seed)
     data = context.path_of("data")
     tokenizer = Tokenizer(data / "tokenizer")
@@ -59,7 +61,8 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         num_tokens=tokenizer.vocab_size,
         repetition_stop=config.repetition_stop,
     )
-    state = resume(context, trainer, parent="sft" if "sft" in context.inputs else "pretrain")
+    parent = "sft" if "sft" in context.inputs else "pretrain"
+    state = resume(context, trainer, start=lambda: checkpoint.inside(context.path_of(parent)))
     step, version, tasks.cursor = (int(state.get(k, 0)) for k in ("step", "version", "cursor"))
     while step < config.num_steps:
         started = time.perf_counter()
@@ -98,8 +101,17 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             _keep_scatter(context, samples, old_logprobs)
         elif step % config.checkpoint_every_steps == 0:
             position = {"cursor": tasks.cursor, "version": version}
-            save(context, trainer, step, keep=config.keep_checkpoints, **position)
+            save(context, trainer, config, step, **position)
+        trainer.finish_saves(wait=False)
     return publish(context, trainer, version)
+
+
+def _require_samplable(parallel: ParallelConfig) -> None:
+    if parallel.tensor * parallel.pipeline > 1:
+        raise M1Error(
+            f"rl.parallel has tensor {parallel.tensor} and pipeline {parallel.pipeline}, but the "
+            "engine in the trainer's process samples from whole models; set both to 1"
+        )
 
 
 class TaskStream:

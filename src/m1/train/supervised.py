@@ -2,10 +2,15 @@
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from m1.config.layout import padded_vocab
-from m1.config.schema import ModelConfig, Recipe, TrainConfig
+from m1.config.schema import ModelConfig, Recipe, RlConfig, TrainConfig
 from m1.data.packing import PackedRows
 from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
@@ -17,12 +22,18 @@ from m1.train.trainer import Trainer, cross_entropy
 from m1.types import M1Error
 
 MAX_HELDOUT_ROWS = 64
+Start = Callable[[], Path]
+"""Finds the checkpoint to start from; asked only if there is none of the stage's own."""
 
 
 def pretrain(context: StageContext, recipe: Recipe) -> StageOutput:
     """Continual pretraining (paper sec. 2.1) on packed text."""
-    trainer = make_trainer(context, recipe.model, recipe.pretrain, seed=recipe.seed)
-    return train_on_rows(context, trainer, recipe.pretrain, dataset="pretrain", seed=recipe.seed)
+    config = recipe.pretrain
+    trainer = make_trainer(context, recipe.model, config, seed=recipe.seed)
+    start = None if config.start is None else partial(checkpoint.inside, Path(config.start))
+    return train_on_rows(
+        context, trainer, config, dataset="pretrain", seed=recipe.seed, start=start
+    )
 
 
 def sft(context: StageContext, recipe: Recipe) -> StageOutput:
@@ -30,7 +41,12 @@ def sft(context: StageContext, recipe: Recipe) -> StageOutput:
     assert recipe.sft is not None
     trainer = make_trainer(context, recipe.model, recipe.sft, seed=recipe.seed)
     return train_on_rows(
-        context, trainer, recipe.sft, dataset="sft", seed=recipe.seed, parent="pretrain"
+        context,
+        trainer,
+        recipe.sft,
+        dataset="sft",
+        seed=recipe.seed,
+        start=lambda: checkpoint.inside(context.path_of("pretrain")),
     )
 
 
@@ -56,11 +72,11 @@ def train_on_rows(
     *,
     dataset: str,
     seed: int,
-    parent: str | None = None,
+    start: Start | None,
 ) -> StageOutput:
     """Make `config.num_steps` updates on the rows of a dataset, checkpointing on the way.
 
-    It starts from the weights of the stage `parent`, or from those the trainer has.
+    It starts from the weights in `start`, or from those the trainer has.
 
     Every update is a function of the weights, the optimizer state and the step, so an interrupted
     run ends with the same weights as an uninterrupted one.
@@ -70,7 +86,7 @@ def train_on_rows(
     if len(rows) == 0:
         raise M1Error(f"{folder} has no packed rows to train on; widen data.sources or data.tasks")
     name = context.name
-    step = int(resume(context, trainer, parent=parent)["step"])
+    step = int(resume(context, trainer, start=start)["step"])
     while step < config.num_steps:
         started = time.perf_counter()
         indices = rows_of_step(len(rows), step=step, batch_rows=config.global_batch_rows, seed=seed)
@@ -91,7 +107,8 @@ def train_on_rows(
             metrics[f"{name}/heldout_loss"] = heldout_loss(trainer, heldout, config)
         context.log(metrics, step=step, total=config.num_steps)
         if step % config.checkpoint_every_steps == 0 and step < config.num_steps:
-            save(context, trainer, step, keep=config.keep_checkpoints)
+            save(context, trainer, config, step)
+        trainer.finish_saves(wait=False)
     return publish(context, trainer, step)
 
 
@@ -104,32 +121,48 @@ def heldout_loss(trainer: Trainer, rows: PackedRows, config: TrainConfig) -> flo
     return trainer.evaluate(trainer.share(batches), cross_entropy)["loss"]
 
 
-def resume(context: StageContext, trainer: Trainer, *, parent: str | None) -> dict[str, Any]:
-    """Load the newest checkpoint of this stage, else the weights of the stage `parent`.
+def resume(context: StageContext, trainer: Trainer, *, start: Start | None) -> dict[str, Any]:
+    """Load the newest checkpoint of this stage, else the weights in `start`.
 
     Returns:
         What was saved with the checkpoint: the step to go on from, and what `save` was given.
     """
     found = checkpoint.latest(context.checkpoints)
-    if found is None and parent is not None:
-        trainer.load_weights(context.path_of(parent) / "checkpoint")
+    if found is None and start is not None:
+        trainer.load_weights(start())
     state = trainer.load(found) if found is not None else {"step": 0}
     context.rewind(int(state["step"]))
     return state
 
 
-def save(context: StageContext, trainer: Trainer, step: int, *, keep: int, **state: object) -> None:
-    """Write a resumable checkpoint and drop old ones."""
-    trainer.save(
-        checkpoint.step_folder(context.checkpoints, step),
-        {"step": step, **state},
-    )
-    checkpoint.prune(context.checkpoints, keep=keep)
+def save(
+    context: StageContext,
+    trainer: Trainer,
+    config: TrainConfig | RlConfig,
+    step: int,
+    **state: object,
+) -> None:
+    """Write a resumable checkpoint, in the background if the recipe says so, and drop old ones."""
+    folder = checkpoint.step_folder(context.checkpoints, step)
+
+    def prune() -> None:
+        checkpoint.prune(context.checkpoints, keep=config.keep_checkpoints)
+
+    if config.async_save:
+        trainer.save_in_background(folder, {"step": step, **state}, then=prune)
+    else:
+        trainer.save(folder, {"step": step, **state})
+        prune()
 
 
 def publish(context: StageContext, trainer: Trainer, step: int, **metadata: object) -> StageOutput:
     """Make the trained model the stage's output, with its tokenizer beside it."""
-    shutil.rmtree(context.output, ignore_errors=True)
+    trainer.finish_saves(wait=True)
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(context.output, ignore_errors=True)
+    dist.barrier()
     trainer.save_weights(context.output / "checkpoint")
-    shutil.copytree(context.path_of("data") / "tokenizer", context.output / "tokenizer")
+    if is_first:
+        shutil.copytree(context.path_of("data") / "tokenizer", context.output / "tokenizer")
     return StageOutput(step=step, is_model=True, metadata=dict(metadata))

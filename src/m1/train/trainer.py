@@ -24,6 +24,7 @@ from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from m1.model import checkpoint
 from m1.model.build import build_model
 from m1.model.cpu import single_threaded
+from m1.model.saving import BackgroundSaves, Saving
 from m1.train.microbatch import MicroBatch
 from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
@@ -122,6 +123,7 @@ class Trainer:
         config.finalize_model_grads_func = _finalize
         config.no_sync_func = self.module.no_sync
         self._forward_backward = get_forward_backward_func()
+        self._saves = BackgroundSaves()
 
     @property
     def model(self) -> torch.nn.Module:
@@ -272,7 +274,25 @@ class Trainer:
 
     def save(self, folder: Path, state: dict[str, Any]) -> str:
         """Write model, optimizer and `state` as a sharded checkpoint; returns its digest."""
-        return checkpoint.save(folder, self.module.module, self.optimizer, state)
+        return self._begin(folder, state, in_background=False).finish()
+
+    def save_in_background(
+        self, folder: Path, state: dict[str, Any], *, then: Callable[[], None]
+    ) -> None:
+        """Begin such a checkpoint of what is now; `finish_saves` ends it and calls `then`."""
+        self._saves.start(lambda: self._begin(folder, state, in_background=True), then)
+
+    def finish_saves(self, *, wait: bool) -> None:
+        """End a checkpoint under way if its files are written, or `wait` for them.
+
+        Raises:
+            M1Error: It could not be written; earlier checkpoints are intact.
+        """
+        self._saves.finish(wait=wait)
+
+    def _begin(self, folder: Path, state: dict[str, Any], *, in_background: bool) -> Saving:
+        model = self.module.module
+        return checkpoint.save(folder, model, self.optimizer, state, in_background=in_background)
 
     def save_weights(self, folder: Path) -> str:
         """Write the weights alone, for the next stage; returns the digest."""

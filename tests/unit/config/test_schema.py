@@ -138,6 +138,14 @@ def test_one_table_reports_all_its_inconsistencies() -> None:
     assert [text.split()[0] for text in texts] == ["num_heads", "rotary_dim"]
 
 
+def test_no_pretraining_steps_need_a_checkpoint_to_start_from():
+    assert mistakes(PretrainConfig, {**TRAIN, "num_steps": 0}) == (
+        "num_steps is 0, but there is no start, so later stages would get random weights; raise "
+        "num_steps or name a checkpoint in start",
+    )
+    assert PretrainConfig(**{**TRAIN, "num_steps": 0, "start": "folder"}).num_steps == 0
+
+
 def test_global_batch_that_the_replicas_cannot_share_is_refused() -> None:
     assert mistakes(PretrainConfig, {**TRAIN, "parallel": {"data": 3}}) == (
         "global_batch_rows is 8, but must be a multiple of micro_batch_rows * parallel.data = 6; "

@@ -245,3 +245,51 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(saved, tiny_config):
     other = build_model(tiny_config.model_copy(update=own), vocab_size=128, seed=1)
     with pytest.raises(M1Error, match=r"has shape \[64, 32\] there and \[128, 32\] in the model"):
         checkpoint.load_weights(saved[0], other)
+
+
+def test_a_checkpoint_in_the_background_holds_what_was_when_it_began(saved, make_trainer, tmp_path):
+    trainer, ended = make_trainer(seed=2), []
+    trainer.load(saved[0])
+    folder = tmp_path / "step_00000002"
+    trainer.save_in_background(folder, {"step": 2, "cursor": 17}, then=lambda: ended.append(1))
+    train(trainer, range(2, 4))
+    assert not ended
+    trainer.finish_saves(wait=True)
+    assert ended == [1] and names(tmp_path) == [folder.name]
+    restored = make_trainer(seed=3)
+    assert restored.load(folder) == {"step": 2, "cursor": 17}
+    assert_bitwise_equal(tensors(restored), saved[2])
+    assert_bitwise_equal(tensors(trainer), after_four(saved, make_trainer))
+
+
+def after_four(saved, make_trainer):
+    trainer = make_trainer(seed=4)
+    trainer.load(saved[0])
+    train(trainer, range(2, 4))
+    return tensors(trainer)
+
+
+def test_a_second_checkpoint_waits_for_the_one_under_way(make_trainer, tmp_path):
+    trainer, ended = make_trainer(), []
+    for step in (1, 2, 3):
+        folder = checkpoint.step_folder(tmp_path, step)
+        trainer.save_in_background(folder, {"step": step}, then=lambda s=step: ended.append(s))
+        assert ended == list(range(1, step))
+    trainer.finish_saves(wait=True)
+    trainer.finish_saves(wait=True)
+    assert ended == [1, 2, 3]
+    assert [make_trainer().load(tmp_path / name)["step"] for name in names(tmp_path)] == [1, 2, 3]
+
+
+def test_a_failure_in_the_background_is_raised_and_leaves_the_checkpoint_before_it(
+    copied, make_trainer
+):
+    trainer, parent, ended = make_trainer(), copied.parent, []
+    trainer.save_in_background(parent / "step_00000004", {}, then=lambda: ended.append(1))
+    shutil.rmtree(parent / ".step_00000004.partial")  # as a storage that goes away
+    with pytest.raises((M1Error, OSError)):
+        trainer.finish_saves(wait=True)
+    assert names(parent) == [copied.name] and not ended
+    trainer.finish_saves(wait=True)
+    trainer.save(parent / "step_00000006", {"step": 6})
+    checkpoint.verify(parent / "step_00000006")

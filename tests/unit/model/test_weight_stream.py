@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from m1.model import checkpoint
+from m1.model import checkpoint, saving
 from m1.model.weight_parts import Scratch, skeleton
 from m1.model.weight_reader import WeightReader, stored_vocab_size
 from m1.model.weight_writer import write_weights
@@ -84,7 +84,7 @@ def cut_in_two(folder, key):
         metadata.storage_data[MetadataIndex(key, offset)] = stored
     path.write_bytes(pickle.dumps(metadata))
     (folder / checkpoint.MARKER).unlink()
-    checkpoint.complete(folder, folder.with_name("cut"))
+    saving.complete(folder, folder.with_name("cut"))
 
 
 def test_a_parameter_stored_in_other_chunks_is_put_together(model, bones, tmp_path):

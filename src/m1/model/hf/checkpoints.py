@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from m1.config.schema import ModelConfig
-from m1.model import checkpoint
+from m1.model import saving
 from m1.model.hf import writing
 from m1.model.hf.export import require_representable, write_config
 from m1.model.hf.folders import (
@@ -51,7 +51,7 @@ def from_hf(
     Raises:
         M1Error: The source does not fit its configuration, or the target holds something else.
     """
-    checkpoint.require_absent(target / "checkpoint")
+    saving.require_absent(target / "checkpoint")
     folder = open_folder(source)
     require_loadable(folder.places.values())
     config = folder.config.model
@@ -127,7 +127,7 @@ def to_hf(
     else:
         dtype = str(torch_dtypes()[items[0].dtype]).removeprefix("torch.")
         written = write_config(config, layout, dtype=dtype)
-    digest = hashlib.sha256((source / checkpoint.MARKER).read_bytes()).hexdigest()
+    digest = hashlib.sha256((source / saving.MARKER).read_bytes()).hexdigest()
     origin = f"{digest} {layout}"
     writing.write_weights(target, items, max_bytes=max_shard_bytes, origin=origin)
     write_beside(target, written, companions or (beside if beside.exists() else None))
