@@ -13,8 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-_COLUMNS = 32
-_WARPS = 4
+_MANY_ROWS = 32
+"""Rows from which wide tiles move the most bytes a second; below, narrow ones start sooner."""
+_NARROW, _WIDE = (32, 2), (128, 4)
+"""Columns of values and warps of one program."""
+_MOST_NUMBERS = 1 << 14
+"""Numbers of a state that the registers of four warps hold."""
 
 
 @triton.jit
@@ -71,6 +75,7 @@ def attention_step(
     states: torch.Tensor,
     slots: torch.Tensor | None,
     silu: bool,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Outputs [B, S, H, E] of q, k [B, S, H, D] and v [B, S, H, E]; updates `states` in place.
 
@@ -83,17 +88,20 @@ def attention_step(
         slots: int [B], each row's place in the table, no two alike; negative rows are left out
             and give zeros. None: row b has slot b.
         silu: q, k and v pass through SiLU first.
+        batch_invariant: Choose the tile, so the order of sums, without regard to B.
     """
     num_rows, num_tokens, num_heads, head_dim = q.shape
     width = v.shape[-1]
     out = q.new_empty(v.shape)
-    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    columns, warps = _WIDE if num_rows >= _MANY_ROWS and not batch_invariant else _NARROW
+    depth = triton.next_power_of_2(head_dim)
+    columns = min(columns, triton.next_power_of_2(width), _MOST_NUMBERS // depth)
     _step_kernel[(triton.cdiv(width, columns), num_heads, num_rows)](
         q, k, v, out, slopes, states, slopes if slots is None else slots, num_heads,
         num_tokens,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        D=head_dim, D_POWER=triton.next_power_of_2(head_dim), E=width,
-        BE=columns, HAS_SLOTS=slots is not None, IS_SILU=silu, num_warps=_WARPS,
+        D=head_dim, D_POWER=depth, E=width,
+        BE=columns, HAS_SLOTS=slots is not None, IS_SILU=silu, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -107,5 +115,6 @@ def _(
     states: torch.Tensor,
     slots: torch.Tensor | None,
     silu: bool,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     return q.new_empty(v.shape)

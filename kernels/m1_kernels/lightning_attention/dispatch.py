@@ -149,6 +149,7 @@ def lightning_attention_step(
     slots: torch.Tensor | None = None,
     *,
     silu: bool = False,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Decode one token, or a few, for each of B rows; updates `states` in place.
 
@@ -163,6 +164,8 @@ def lightning_attention_step(
         slots: int [B], each row's place in the table, no two alike; rows with a negative one are
             left out and give zeros. None: row b has slot b.
         silu: q, k and v pass through SiLU first.
+        batch_invariant: A row's results are bitwise the same whatever B is; a little slower from
+            about 32 rows on. Otherwise small and large batches may round differently.
 
     Returns:
         Outputs shaped as v, in q's dtype.
@@ -173,12 +176,16 @@ def lightning_attention_step(
     """
     if q.dim() == 3:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-        return lightning_attention_step(q, k, v, slopes, states, slots, silu=silu).squeeze(1)
+        return lightning_attention_step(
+            q, k, v, slopes, states, slots, silu=silu, batch_invariant=batch_invariant
+        ).squeeze(1)
     checks.check_heads(q, k, v, slopes, num_dims=4)
     checks.check_table(states, slots, q.shape[0], (*k.shape[2:], v.shape[-1]), q.device)
     if q.is_cuda:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        return _triton().attention_step(q, k, v, slopes, states, slots, silu)  # type: ignore[no-any-return]
+        return _triton().attention_step(  # type: ignore[no-any-return]
+            q, k, v, slopes, states, slots, silu, batch_invariant
+        )
     if silu:
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
     return reference.step(q, k, v, slopes, states, slots)

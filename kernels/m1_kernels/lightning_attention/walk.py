@@ -14,6 +14,10 @@ lam G_{t+1} the adjoint of the state,
 Where a slope is so steep that lam^(C/2) would leave float32, the walk takes fewer tokens per chunk,
 down to one, so every slope from 0 up is exact.
 
+Whole chunks are walked without masks along the tokens, with loads ahead; those of fewer tokens
+(at most one, unless the slope is steep) on their own, last forwards and first backwards. Strides
+are known when the kernel is compiled, once for each layout.
+
 Segments and sequences are numbered on the device: sequence n of `cu_seqlens` owns the numbers from
 start_n // L + n on, L tokens per segment; some numbers stay empty. So nothing waits for the device.
 
@@ -62,15 +66,62 @@ def find_segment(number, cu_seqlens, num_sequences, segment_tokens, N_POWER: tl.
 
 
 @triton.jit
+def _load(at, is_row, is_column, MASK_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    if MASK_ROWS:
+        return tl.load(at, mask=is_row[:, None] & is_column[None, :], other=0.0)
+    elif ALL_COLUMNS:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=is_column[None, :], other=0.0)
+
+
+@triton.jit
+def _store(at, x, is_row, is_column, MASK_ROWS: tl.constexpr, ALL_COLUMNS: tl.constexpr):
+    x = x.to(at.dtype.element_ty)
+    if MASK_ROWS:
+        tl.store(at, x, mask=is_row[:, None] & is_column[None, :])
+    elif ALL_COLUMNS:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=is_column[None, :])
+
+
+@triton.jit
+def _chunk(
+    q_at, k_at, v_at, o_at, token, left, a, decay, row_scale, col_scale, visible, i, is_d, is_e,
+    stride_qt: tl.constexpr, stride_kt: tl.constexpr, stride_vt: tl.constexpr,
+    stride_ot: tl.constexpr,
+    ALL_D: tl.constexpr, ALL_E: tl.constexpr, MASK_ROWS: tl.constexpr,
+    WITH_OUTPUT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of the `left` tokens from `token` on; returns the state after them."""
+    is_row = i < left
+    at = token.to(tl.int64)
+    k_c = _load(k_at + at * stride_kt, is_row, is_d, MASK_ROWS, ALL_D).to(COMPUTE)
+    v_c = _load(v_at + at * stride_vt, is_row, is_e, MASK_ROWS, ALL_E).to(COMPUTE)
+    v_c = (v_c * col_scale[:, None]).to(COMPUTE)
+    if WITH_OUTPUT:
+        q_c = _load(q_at + at * stride_qt, is_row, is_d, MASK_ROWS, ALL_D).to(COMPUTE)
+        scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+        o_c = tl.dot(q_c, a.to(COMPUTE), input_precision=PRECISION)
+        scores = tl.where(visible, scores, 0.0).to(COMPUTE)
+        o_c = tl.dot(scores, v_c, o_c, input_precision=PRECISION) * row_scale[:, None]
+        _store(o_at + at * stride_ot, o_c, is_row, is_e, MASK_ROWS, ALL_E)
+    return tl.dot(tl.trans(k_c), v_c, a, input_precision=PRECISION) * decay
+
+
+@triton.jit
 def walk_kernel(
     q, k, v, out, slopes, cu_seqlens, state_in, state_out, state_slots,
     num_sequences, num_heads, segment_tokens,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_qt: tl.constexpr, stride_qh: tl.constexpr, stride_kt: tl.constexpr,
+    stride_kh: tl.constexpr, stride_vt: tl.constexpr, stride_vh: tl.constexpr,
+    stride_ot: tl.constexpr, stride_oh: tl.constexpr,
     D: tl.constexpr, D_POWER: tl.constexpr, E: tl.constexpr, C: tl.constexpr, BE: tl.constexpr,
     N_POWER: tl.constexpr, IS_CUT: tl.constexpr,
     BACKWARDS: tl.constexpr, HAS_STATE: tl.constexpr, IS_TRANSPOSED: tl.constexpr,
     KEEP_STATE: tl.constexpr, HAS_SLOTS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PEEL: tl.constexpr,
 ):  # fmt: skip
     """Walk one segment; `WITH_OUTPUT` false only carries the state to its end.
 
@@ -113,11 +164,11 @@ def walk_kernel(
     d = tl.arange(0, D_POWER)
     e = slice_e * BE + tl.arange(0, BE)
     is_d, is_e = d < D, e < E
-    k_at = k + first * stride_kt + head * stride_kh + i[:, None] * stride_kt + d[None, :]
-    v_at = v + first * stride_vt + head * stride_vh + i[:, None] * stride_vt + e[None, :]
-    if WITH_OUTPUT:
-        q_at = q + first * stride_qt + head * stride_qh + i[:, None] * stride_qt + d[None, :]
-        o_at = out + first * stride_ot + head * stride_oh + i[:, None] * stride_ot + e[None, :]
+    far = head.to(tl.int64)  # heads may lie more than 2^31 elements apart
+    q_at = q + first * stride_qt + far * stride_qh + i[:, None] * stride_qt + d[None, :]
+    k_at = k + first * stride_kt + far * stride_kh + i[:, None] * stride_kt + d[None, :]
+    v_at = v + first * stride_vt + far * stride_vh + i[:, None] * stride_vt + e[None, :]
+    o_at = out + first * stride_ot + far * stride_oh + i[:, None] * stride_ot + e[None, :]
     if IS_TRANSPOSED:
         inner = e[None, :] * D + d[:, None]
     else:
@@ -127,38 +178,42 @@ def walk_kernel(
     if HAS_STATE:
         state = (segment * num_heads + head).to(tl.int64) * (D * E)
         a = tl.load(state_in + state + inner, mask=is_inner, other=0.0) * entering
+    num_whole = 0
+    if PEEL:
+        num_whole = tl.where(count == C, length // C, 0)
     decay = tl.exp2(log_decay * count.to(tl.float32))
-    for step in tl.range(0, num_chunks, num_stages=STAGES):
-        if BACKWARDS:
-            chunk = num_chunks - 1 - step
-        else:
-            chunk = step
-        left = tl.minimum(length - chunk * count, count)
-        is_inside = (i < left)[:, None]
-        at = (chunk * count).to(tl.int64)
-        if D == D_POWER:
-            in_d = is_inside
-        else:
-            in_d = is_inside & is_d[None, :]
-        if E % BE == 0:
-            in_e = is_inside
-        else:
-            in_e = is_inside & is_e[None, :]
-        k_c = tl.load(k_at + at * stride_kt, mask=in_d, other=0.0).to(COMPUTE)
-        v_c = tl.load(v_at + at * stride_vt, mask=in_e, other=0.0).to(COMPUTE)
-        v_c = (v_c * col_scale[:, None]).to(COMPUTE)
-        if WITH_OUTPUT:
-            q_c = tl.load(q_at + at * stride_qt, mask=in_d, other=0.0).to(COMPUTE)
-            scores = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-            o_c = tl.dot(q_c, a.to(COMPUTE), input_precision=PRECISION)
-            scores = tl.where(visible, scores, 0.0).to(COMPUTE)
-            o_c = tl.dot(scores, v_c, o_c, input_precision=PRECISION) * row_scale[:, None]
-            tl.store(o_at + at * stride_ot, o_c.to(out.dtype.element_ty), mask=in_e)
-        a = tl.dot(tl.trans(k_c), v_c, a, input_precision=PRECISION)
-        if BACKWARDS:
-            a = a * decay
-        else:
-            a = a * tl.exp2(log_decay * left.to(tl.float32))
+    if BACKWARDS:
+        for step in tl.range(0, num_chunks - num_whole, num_stages=1):
+            at = (num_chunks - 1 - step) * count
+            a = _chunk(
+                q_at, k_at, v_at, o_at, at, tl.minimum(length - at, count), a, decay,
+                row_scale, col_scale, visible, i, is_d, is_e,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                D == D_POWER, E % BE == 0, True, WITH_OUTPUT, COMPUTE, PRECISION,
+            )  # fmt: skip
+    if PEEL:
+        for step in tl.range(0, num_whole, num_stages=STAGES):
+            if BACKWARDS:
+                chunk = num_whole - 1 - step
+            else:
+                chunk = step
+            a = _chunk(
+                q_at, k_at, v_at, o_at, chunk * C, C, a, decay,
+                row_scale, col_scale, visible, i, is_d, is_e,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                D == D_POWER, E % BE == 0, False, WITH_OUTPUT, COMPUTE, PRECISION,
+            )  # fmt: skip
+    if not BACKWARDS:
+        for step in tl.range(num_whole, num_chunks, num_stages=1):
+            at = step * count
+            left = tl.minimum(length - at, count)
+            last_decay = tl.exp2(log_decay * left.to(tl.float32))
+            a = _chunk(
+                q_at, k_at, v_at, o_at, at, left, a, last_decay,
+                row_scale, col_scale, visible, i, is_d, is_e,
+                stride_qt, stride_kt, stride_vt, stride_ot,
+                D == D_POWER, E % BE == 0, True, WITH_OUTPUT, COMPUTE, PRECISION,
+            )  # fmt: skip
     if KEEP_STATE:
         row = segment.to(tl.int64)
         if HAS_SLOTS:
