@@ -13,29 +13,11 @@ ranks: 2 D E floats for each head, sequence and rank, whatever the length.
 Shapes: T tokens on this rank, N sequences, R ranks, H heads, D key dims, E value dims.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 
+from m1_kernels.lightning_attention.collectives import AllGather
 from m1_kernels.lightning_attention.dispatch import lightning_attention
-
-
-class AllGather(torch.autograd.Function):
-    """Stack a tensor of every rank of a group: [...] -> [R, ...]; its gradient is summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # noqa: D102
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[ctx.group.rank()], None
 
 
 def lightning_attention_context(

@@ -5,12 +5,15 @@ Under `torch.autocast` float32 inputs are cast to its type; slopes and states st
 Shapes: T tokens, N sequences, B rows of a batch, H heads, D key dims, E value dims.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from m1_kernels.lightning_attention import checks, reference
+from m1_kernels.lightning_attention.collectives import SumOverRanks, add_over_ranks
 
 
 def lightning_attention(
@@ -204,7 +207,12 @@ def copy_state(states: torch.Tensor, source: torch.Tensor, targets: torch.Tensor
 
 
 def gated_norm(
-    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """sigmoid(gate) * RMSNorm(x) * weight over the last dimension.
 
@@ -213,13 +221,23 @@ def gated_norm(
         gate: [T, W].
         weight: [W].
         eps: Added to the mean square.
+        group: Ranks that hold W columns each of every row; the mean is over all their columns.
 
     Returns:
         [T, W] in x's dtype.
     """
+    num_ranks = 1 if group is None else group.size()
     if x.is_cuda:
-        return _triton().GatedNormFunction.apply(x, gate, weight, eps)  # type: ignore[no-any-return]
-    return torch.sigmoid(gate) * F.rms_norm(x, x.shape[-1:], weight, eps)
+        add = partial(add_over_ranks, group=group) if group and num_ranks > 1 else None
+        return _triton().GatedNormFunction.apply(  # type: ignore[no-any-return]
+            x, gate, weight, eps, num_ranks, add
+        )
+    if num_ranks == 1:
+        return torch.sigmoid(gate) * F.rms_norm(x, x.shape[-1:], weight, eps)
+    squares = x.float().square().sum(-1, keepdim=True)
+    total = SumOverRanks.apply(squares, group)  # type: ignore[no-untyped-call]
+    root = torch.rsqrt(total / (x.shape[-1] * num_ranks) + eps)
+    return torch.sigmoid(gate) * ((x.float() * root).to(x.dtype) * weight)
 
 
 def _check_initial(
