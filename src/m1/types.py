@@ -18,6 +18,22 @@ class Task:
     reference: str
     verifier: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    domain: str = ""
+    """`maths`, `logic`, `code`, `instructions`, or empty where the source does not say."""
+    difficulty: float | None = None
+    """Larger is harder, comparable within a source only; None when unknown."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of a completion."""
+
+    accuracy: float
+    """1 right, 0 wrong."""
+    reason: str
+    """Why, a short name such as `equal`, `no_answer` or `timeout`; detail may follow a colon."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Measurements beside the accuracy, such as the share of tests passed."""
 
 
 @dataclass(frozen=True)

@@ -102,3 +102,33 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     client = Minio(host, access_key=ACCESS_KEY, secret_key=SECRET_KEY, secure=False)
     client.make_bucket(bucket)
     return bucket
+
+
+@pytest.fixture(scope="session")
+def hf_folder(make_model, tiny_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, as `m1 convert` or the register stage leave one."""
+    from m1.data.tokenizer import Tokenizer, train_tokenizer
+    from m1.model.hf import export_hf
+
+    folder: Path = tmp_path_factory.mktemp("served") / "tiny"
+    train_tokenizer(["what is one and one", "one and two is three"], vocab_size=300, folder=folder)
+    tokenizer = Tokenizer(folder)
+    config = tiny_config.model_copy(update={"max_position": 512})
+    model = make_model(config, vocab_size=320)
+    export_hf(model, config, folder, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served_model(hf_folder: Path):
+    from m1.model.hf import load_hf
+
+    return load_hf(hf_folder).gpt
+
+
+@pytest.fixture(scope="module")
+def server(served_model, hf_folder: Path):
+    from serving import local_server
+
+    with local_server(served_model, hf_folder) as running:
+        yield running

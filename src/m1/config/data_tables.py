@@ -67,14 +67,14 @@ class TokenizerConfig(Config):
 
 
 class TaskSourceConfig(Config):
-    """Verifiable tasks from one reasoning-gym dataset, split disjointly."""
+    """Verifiable tasks from one generator, split disjointly."""
 
     name: str
     """Name in reports; by default the benchmark's name too."""
     dataset: str
-    """reasoning-gym dataset."""
+    """reasoning-gym dataset, or `logic:<task>` for one of our own logic tasks."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of that dataset's configuration."""
+    """Keyword arguments of that dataset's configuration; `difficulty` (1 to 10) of a logic task."""
     num_sft: NonNegativeInt = 0
     """Tasks with demonstrations for SFT."""
     worked_fraction: Fraction = 1.0

@@ -26,12 +26,33 @@ SPECIAL_TOKENS = (
     "<answer>",
     "</answer>",
 )
+# There are tags for two roles: what the system and tools say stands in the user's turns.
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message.role not in ['user', 'assistant'] -%}"
-    "{{- raise_exception('roles are user and assistant, not ' + message.role) -}}"
+    "{%- if tools -%}"
+    "{{- '<|user|>You may call these tools, one JSON object a line:\\n' -}}"
+    "{%- for tool in tools -%}{{- tool | tojson + '\\n' -}}{%- endfor -%}"
+    "{{- 'To call some, answer with <tool_calls>, a line of "
+    '{\\"name\\": ..., \\"arguments\\": {...}} for each, and </tool_calls>.<|end|>\' -}}'
     "{%- endif -%}"
-    "{{- '<|' + message.role + '|>' + message.content + '<|end|>' -}}"
+    "{%- for message in messages -%}"
+    "{%- if message.role in ['user', 'system'] -%}"
+    "{{- '<|user|>' + message.content + '<|end|>' -}}"
+    "{%- elif message.role == 'tool' -%}"
+    "{{- '<|user|><tool_response>' + message.content + '</tool_response><|end|>' -}}"
+    "{%- elif message.role == 'assistant' -%}"
+    "{{- '<|assistant|>' + (message.content or '') -}}"
+    "{%- if message.tool_calls -%}"
+    "{{- '<tool_calls>' -}}"
+    "{%- for call in message.tool_calls -%}"
+    "{{- '\\n{\"name\": ' + (call.function.name | tojson) -}}"
+    "{{- ', \"arguments\": ' + (call.function.arguments | tojson) + '}' -}}"
+    "{%- endfor -%}"
+    "{{- '\\n</tool_calls>' -}}"
+    "{%- endif -%}"
+    "{{- '<|end|>' -}}"
+    "{%- else -%}"
+    "{{- raise_exception('roles are system, user, assistant and tool, not ' + message.role) -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )

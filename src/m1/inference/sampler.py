@@ -3,12 +3,13 @@
 Shapes: B sequences, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from m1.config.schema import SamplingConfig
+from m1.inference.params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -18,56 +19,136 @@ class SampledTokens:
     tokens: torch.Tensor
     """int64 [B]."""
     logprobs: torch.Tensor
-    """float32 [B], natural log-probability before temperature and top-p."""
+    """float32 [B], natural log-probability before temperature and filters."""
+    sampling_logprobs: torch.Tensor
+    """float32 [B], the same of the distribution that was drawn from; 0 where greedy."""
     entropies: torch.Tensor
-    """float32 [B], entropy in nats before temperature and top-p."""
+    """float32 [B], entropy in nats before temperature and filters."""
+    top_tokens: torch.Tensor | None = None
+    """int64 [B, n], most likely first."""
+    top_logprobs: torch.Tensor | None = None
+    """float32 [B, n], before temperature and filters."""
 
 
-def uniforms(seed: int, count: int) -> np.ndarray:
-    """The random numbers of one completion: float64 [count] in [0, 1), by the seed alone.
+@dataclass(frozen=True)
+class RowParams:
+    """Sampling parameters of B rows as tensors; None where no row uses the parameter."""
+
+    temperature: torch.Tensor | None
+    """float32 [B, 1]."""
+    greedy: torch.Tensor | None
+    """bool [B]."""
+    top_p: torch.Tensor | None
+    """float32 [B, 1]."""
+    top_k: torch.Tensor | None
+    """int64 [B, 1]."""
+    min_p: torch.Tensor | None
+    """float32 [B, 1]."""
+    top_logprobs: int
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> "RowParams":
+        """Collect the parameters of every row."""
+
+        def column(values: list[float], neutral: float) -> torch.Tensor | None:
+            if all(value == neutral for value in values):
+                return None
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        greedy = [row.temperature == 0 for row in rows]
+        top_k = [row.top_k for row in rows]
+        everything = 1 << 40
+        return cls(
+            temperature=column([row.temperature or 1.0 for row in rows], 1.0),
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+            top_p=column([row.top_p for row in rows], 1.0),
+            top_k=torch.tensor([k or everything for k in top_k], device=device)[:, None]
+            if any(top_k)
+            else None,
+            min_p=column([row.min_p for row in rows], 0.0),
+            top_logprobs=max((row.top_logprobs for row in rows), default=0),
+        )
+
+
+class RandomStream:
+    """The random numbers of one completion: float64 in [0, 1), by the seed alone.
 
     A completion's tokens therefore do not depend on what else is in its batch.
     """
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(key=seed))
+        self._drawn: list[float] = []
+
+    def next(self) -> float:
+        """The next number."""
+        if not self._drawn:
+            self._drawn = self._generator.random(64)[::-1].tolist()
+        return self._drawn.pop()
 
 
 def sample(
-    logits: torch.Tensor, uniform: torch.Tensor, config: SamplingConfig, *, num_tokens: int
+    logits: torch.Tensor, uniform: torch.Tensor, params: RowParams, *, num_tokens: int
 ) -> SampledTokens:
     """Sample by inverting the cumulative distribution.
+
+    A token stays in the draw if it is among the top_k, if the mass before it in order of likelihood
+    is below top_p, and if its probability is at least min_p times the largest, all of the
+    distribution after temperature; what stays is renormalised.
 
     Args:
         logits: float32 [B, V].
         uniform: float64 [B] in [0, 1).
-        config: Temperature (0 is greedy) and top-p.
+        params: Of each row.
         num_tokens: Only ids below it are tokens; the rest pads the embedding and is never chosen.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    likely = logprobs.exp()
+    entropies = -(likely * logprobs).sum(-1)
     real = logits[:, :num_tokens]
-    if config.temperature == 0:
-        tokens = real.argmax(-1)
+    if params.temperature is not None:
+        weights = torch.softmax(real / params.temperature, dim=-1)
     else:
-        probabilities = torch.softmax(real / config.temperature, dim=-1)
-        if config.top_p < 1:
-            probabilities = _nucleus(probabilities, config.top_p)
-        tokens = _invert(probabilities, uniform)
-    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-    return SampledTokens(tokens=tokens, logprobs=chosen, entropies=entropies)
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zero all but the smallest set of most likely tokens whose mass reaches top_p."""
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
-    return torch.zeros_like(probabilities).scatter(1, index, kept)
-
-
-def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        weights = likely[:, :num_tokens]
+    weights = _filtered(weights, params)
     cumulative = weights.double().cumsum(-1)
-    threshold = uniform.double()[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
-    # Rounding can only push past the end, never onto a token of weight zero inside.
-    last = (weights.shape[1] - 1) - (weights > 0).flip(1).int().argmax(1)
-    return torch.minimum(tokens, last)
+    tokens = _invert(cumulative, uniform)
+    drawn = weights.gather(1, tokens[:, None]).squeeze(1) / cumulative[:, -1]
+    sampling = drawn.log().float()
+    if params.greedy is not None:
+        tokens = torch.where(params.greedy, real.argmax(-1), tokens)
+        sampling = sampling.masked_fill(params.greedy, 0.0)
+    top = logprobs[:, :num_tokens].topk(params.top_logprobs) if params.top_logprobs else None
+    return SampledTokens(
+        tokens=tokens,
+        logprobs=logprobs.gather(1, tokens[:, None]).squeeze(1),
+        sampling_logprobs=sampling,
+        entropies=entropies,
+        top_tokens=top.indices if top else None,
+        top_logprobs=top.values if top else None,
+    )
+
+
+def _filtered(weights: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """Zero what top_k, top_p and min_p leave out."""
+    if params.top_k is None and params.top_p is None and params.min_p is None:
+        return weights
+    ordered, index = weights.sort(dim=-1, descending=True, stable=True)
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_p is not None:
+        before = ordered.cumsum(-1) - ordered
+        kept &= before < params.top_p * ordered.sum(-1, keepdim=True)
+    if params.top_k is not None:
+        kept &= torch.arange(ordered.shape[1], device=ordered.device) < params.top_k
+    if params.min_p is not None:
+        kept &= ordered >= params.min_p * ordered[:, :1]
+    kept[:, 0] = True
+    return torch.zeros_like(weights).scatter(1, index, ordered * kept)
+
+
+def _invert(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    total = cumulative[:, -1:]
+    # Below the total, so that rounding cannot push past the last token of positive weight.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform.double()[:, None] * total, below)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)

@@ -73,6 +73,17 @@ class FloatHead(ColumnParallelLinear):  # type: ignore[misc]
         return super()._apply(move_only, recurse)
 
 
+def split_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """X w^T in float32 by BF16 tensor cores, without gradient: x [T, h] bfloat16, w [V, h]."""
+    parts, rest = [], w
+    for _ in range(3):
+        parts.append(rest.to(torch.bfloat16))
+        rest = rest - parts[-1].float()
+    split = torch.cat(parts, dim=1)
+    logits: torch.Tensor = torch.mm(x.repeat(1, 3), split.t(), out_dtype=torch.float32)
+    return logits
+
+
 class _SplitLinear(torch.autograd.Function):
     """x w^T in float32 by BF16 tensor cores: x [T, h] bfloat16, w [V, h] float32.
 
@@ -85,14 +96,7 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, w)
-        parts, rest = [], w
-        for _ in range(3):
-            parts.append(rest.to(torch.bfloat16))
-            rest = rest - parts[-1].float()
-        split = torch.cat(parts, dim=1)
-        rows = x.repeat(1, 3)
-        logits: torch.Tensor = torch.mm(rows, split.t(), out_dtype=torch.float32)
-        return logits
+        return split_linear(x, w)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

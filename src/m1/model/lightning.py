@@ -17,13 +17,11 @@ from megatron.core.transformer.utils import (
 )
 
 from m1.model.block import HybridConfig, recomputed
-from m1.model.packing import LayerState, SequencePacking
+from m1.model.packing import SequencePacking
 from m1_kernels.lightning_attention import (
     gated_norm,
-    lightning_attention,
     lightning_attention_context,
     lightning_attention_qkv,
-    lightning_attention_step,
     lightning_slopes,
 )
 
@@ -138,22 +136,10 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
     def _attend(self, qkv: torch.Tensor, packing: SequencePacking) -> torch.Tensor:
         if self._slopes.device != qkv.device:
             self._slopes = self._slopes.to(qkv.device)
-        if packing.states is None and packing.chunks is None:
+        if packing.chunks is None:
             return lightning_attention_qkv(qkv, self._slopes, packing.cu_seqlens_q)
         q, k, v = F.silu(qkv).unbind(2)
-        if packing.is_decode:
-            assert packing.states is not None
-            state = packing.states[self.layer_number].recurrent
-            assert state is not None
-            return lightning_attention_step(q, k, v, self._slopes, state)
-        if packing.chunks is not None:
-            return lightning_attention_context(q, k, v, self._slopes, packing.chunks, self.cp_group)
-        out, final = lightning_attention(
-            q, k, v, self._slopes, packing.cu_seqlens_q, output_final_state=True
-        )
-        assert packing.states is not None
-        packing.states[self.layer_number] = LayerState(recurrent=final)
-        return out
+        return lightning_attention_context(q, k, v, self._slopes, packing.chunks, self.cp_group)
 
     def _gated_norm(self, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         x, gate = out.flatten(1), gate.flatten(1)

@@ -1,7 +1,6 @@
-"""How token sequences reach the model: packed end to end, in training and in decoding alike.
+"""How token sequences reach the model: packed end to end.
 
-Shapes: T tokens of all sequences, N sequences, H heads, D head dim, S slots, R context-parallel
-ranks.
+Shapes: T tokens of all sequences, N sequences, R context-parallel ranks.
 """
 
 from dataclasses import dataclass, field
@@ -11,24 +10,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 @dataclass
-class LayerState:
-    """What one layer remembers of every slot."""
-
-    recurrent: torch.Tensor | None = None
-    """Lightning layers: float32 [S, H, D, D]."""
-    keys: torch.Tensor | None = None
-    """Softmax layers: [S, max_length, KV, D]."""
-    values: torch.Tensor | None = None
-    """Softmax layers: [S, max_length, KV, D]."""
-
-
-@dataclass
 class SequencePacking(PackedSeqParams):  # type: ignore[misc]
     """megatron's packed-sequence parameters with what our layers read besides.
-
-    Without `states`: training or scoring. With `states` and `is_decode` false: prefill, which also
-    writes the state of sequence n to row n. With `is_decode`: every sequence has one token, and row
-    n of the states belongs to sequence n.
 
     Under context parallelism `cu_seqlens_q` bounds the whole sequences, as Transformer Engine wants
     it, while `positions` and `chunks` are about the tokens of this rank.
@@ -36,9 +19,6 @@ class SequencePacking(PackedSeqParams):  # type: ignore[misc]
 
     positions: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 [T], position of each token in its sequence."""
-    is_decode: bool = False
-    states: dict[int, LayerState] | None = None
-    """Layer number (from 1) -> state; absent without a cache."""
     chunks: torch.Tensor | None = None
     """int32 [2N + 1], bounds of this rank's two chunks of every sequence; None on one rank."""
 
@@ -46,7 +26,6 @@ class SequencePacking(PackedSeqParams):  # type: ignore[misc]
 def pack(
     lengths: torch.Tensor,
     *,
-    states: dict[int, LayerState] | None = None,
     context_rank: int = 0,
     context_size: int = 1,
     device: torch.device | None = None,
@@ -56,7 +35,6 @@ def pack(
     Args:
         lengths: int64 [N] on the CPU, each at least 1; over several context-parallel ranks each a
             multiple of 2R.
-        states: Filled with the states after each sequence when given.
         context_rank: This rank among those that share every sequence.
         context_size: R.
         device: Where the result lies; absent: the CPU.
@@ -77,7 +55,6 @@ def pack(
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         positions=positions.to(device),
-        states=states,
         chunks=chunks,
     )
 
@@ -107,27 +84,3 @@ def _bounds(lengths: torch.Tensor) -> torch.Tensor:
     bounds = torch.zeros(lengths.numel() + 1, dtype=torch.int32)
     bounds[1:] = lengths.cumsum(0)
     return bounds
-
-
-def decode_step(
-    positions: torch.Tensor, states: dict[int, LayerState], *, max_length: int
-) -> SequencePacking:
-    """Describe one decoding step.
-
-    Args:
-        positions: int64 [N], position of the new token of each slot.
-        states: States of the N slots, updated in place.
-        max_length: Upper bound on positions + 1, constant over steps so that the RoPE table is
-            built once.
-    """
-    cu_seqlens = torch.arange(positions.numel() + 1, dtype=torch.int32, device=positions.device)
-    return SequencePacking(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_length,
-        max_seqlen_kv=max_length,
-        positions=positions,
-        is_decode=True,
-        states=states,
-    )

@@ -1,4 +1,4 @@
-"""Softmax attention (GQA, partial rotary) over packed sequences, with a key-value cache.
+"""Softmax attention (GQA, partial rotary) over packed sequences.
 
 Shapes: T packed tokens, H heads and KV key-value heads of this rank, D head dim, N sequences.
 Hidden states are [T, 1, hidden].
@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
-from m1.model.packing import LayerState, SequencePacking, context_indices
+from m1.model.packing import SequencePacking, context_indices
 from m1_kernels.lightning_attention import AllGather
 
 
 class SoftmaxAttention(SelfAttention):  # type: ignore[misc]
-    """Megatron's GQA self-attention over packed sequences, with a key-value cache.
+    """Megatron's GQA self-attention over packed sequences.
 
     RoPE turns the first `rotary_dim` dimensions of each head; the scale is 1/sqrt(D). The core is
-    plain torch where the spec names none, and Transformer Engine's on GPUs, but for prefill and
-    decoding. Over context-parallel ranks the plain core gathers all keys and values.
+    plain torch where the spec names none, and Transformer Engine's on GPUs. Over context-parallel
+    ranks the plain core gathers all keys and values.
     """
 
     def forward(
@@ -50,9 +50,7 @@ class SoftmaxAttention(SelfAttention):  # type: ignore[misc]
         angles = rotary_pos_emb[packed_seq_params.positions].squeeze(1)
         cos, sin = angles.cos(), angles.sin()
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if packed_seq_params.is_decode:
-            out = self._decode(q, k, v, packed_seq_params)
-        elif packed_seq_params.states is None and not isinstance(self.core_attention, IdentityOp):
+        if not isinstance(self.core_attention, IdentityOp):
             out = self.core_attention(
                 q,
                 k,
@@ -85,8 +83,6 @@ class SoftmaxAttention(SelfAttention):  # type: ignore[misc]
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )
-        if packing.states is not None:
-            packing.states[self.layer_number] = LayerState(keys=k, values=v)
         return out.transpose(1, 2).flatten(0, 1)[slot]
 
     def _attend_gathered(
@@ -108,26 +104,6 @@ class SoftmaxAttention(SelfAttention):  # type: ignore[misc]
         positions = torch.arange(places.numel(), device=q.device) - starts
         q = q.new_zeros(places.numel(), *q.shape[1:]).index_copy(0, mine, q)
         return self._attend(q, k, v, positions, packing)[mine]
-
-    def _decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: SequencePacking
-    ) -> torch.Tensor:
-        assert packing.states is not None
-        state = packing.states[self.layer_number]
-        assert state.keys is not None and state.values is not None
-        rows = torch.arange(q.shape[0], device=q.device)
-        state.keys[rows, packing.positions] = k
-        state.values[rows, packing.positions] = v
-        longest = int(packing.positions.max()) + 1
-        visible = torch.arange(longest, device=q.device)[None] <= packing.positions[:, None]
-        out = F.scaled_dot_product_attention(
-            q.unsqueeze(2),
-            state.keys[:, :longest].transpose(1, 2),
-            state.values[:, :longest].transpose(1, 2),
-            attn_mask=visible[:, None, None],
-            enable_gqa=True,
-        )
-        return out.squeeze(2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

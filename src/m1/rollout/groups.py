@@ -8,8 +8,9 @@ from m1.config.schema import RewardConfig, SamplingConfig
 from m1.data.chat import render_prompt
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import Engine, Request
-from m1.rewards.rules import score
-from m1.types import Completion, Rollout, RolloutGroup, Task
+from m1.rewards.rules import reward_of, score
+from m1.rewards.service.pool import RewardService
+from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
 
 
 def sample_groups(
@@ -21,10 +22,13 @@ def sample_groups(
     sampling: SamplingConfig,
     reward: RewardConfig,
     seed: int,
+    service: RewardService | None = None,
 ) -> list[RolloutGroup]:
     """Sample `group_size` completions of every task and score them.
 
-    The random stream of a completion depends on `seed`, the task and its number in the group alone.
+    With a service all verdicts come from its workers, whatever the verifier; without one they are
+    made here, which `m1.rewards.rules.score` limits to safe verifiers. The random stream of a
+    completion depends on `seed`, the task and its number in the group alone.
     """
     requests = []
     drawn: Counter[str] = Counter()
@@ -34,15 +38,30 @@ def sample_groups(
         seeds = tuple(completion_seed(seed, task, first + i) for i in range(group_size))
         requests.append(Request(tuple(render_prompt(tokenizer, task.prompt)), seeds))
     completions = engine.generate(requests, sampling)
+    rewards = iter(_rewards(tasks, completions, tokenizer, reward, service))
     return [
-        RolloutGroup(
-            task=task,
-            rollouts=tuple(
-                Rollout(task, c, score(task, completion_text(tokenizer, c), reward)) for c in group
-            ),
-        )
+        RolloutGroup(task=task, rollouts=tuple(Rollout(task, c, next(rewards)) for c in group))
         for task, group in zip(tasks, completions, strict=True)
     ]
+
+
+def _rewards(
+    tasks: Sequence[Task],
+    completions: Sequence[Sequence[Completion]],
+    tokenizer: Tokenizer,
+    config: RewardConfig,
+    service: RewardService | None,
+) -> list[Reward]:
+    """Rewards of all completions, group by group."""
+    jobs = [
+        (task, completion_text(tokenizer, completion))
+        for task, group in zip(tasks, completions, strict=True)
+        for completion in group
+    ]
+    if service is None:
+        return [score(task, text, config) for task, text in jobs]
+    judgements = service.judge_all(jobs)
+    return [reward_of(j, text, config) for j, (_, text) in zip(judgements, jobs, strict=True)]
 
 
 def completion_seed(seed: int, task: Task, index: int) -> int:

@@ -107,10 +107,10 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
 
 
 def _require_samplable(parallel: ParallelConfig) -> None:
-    if parallel.tensor * parallel.pipeline > 1:
+    if parallel.pipeline > 1:
         raise M1Error(
-            f"rl.parallel has tensor {parallel.tensor} and pipeline {parallel.pipeline}, but the "
-            "engine in the trainer's process samples from whole models; set both to 1"
+            f"rl.parallel has pipeline {parallel.pipeline}, but the engine in the trainer's "
+            "process needs every layer on every rank; set it to 1 and use tensor or expert ranks"
         )
 
 

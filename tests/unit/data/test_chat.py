@@ -50,5 +50,5 @@ def test_a_prompt_cannot_forge_a_turn(tokenizer):
 
 def test_the_template_refuses_other_roles(tokenizer_folder):
     theirs = AutoTokenizer.from_pretrained(tokenizer_folder)
-    with pytest.raises(Exception, match="roles are user and assistant, not system"):
-        theirs.apply_chat_template([{"role": "system", "content": "x"}])
+    with pytest.raises(Exception, match="roles are system, user, assistant and tool, not critic"):
+        theirs.apply_chat_template([{"role": "critic", "content": "x"}])

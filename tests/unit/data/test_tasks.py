@@ -114,3 +114,28 @@ def test_tasks_survive_jsonl(tmp_path):
 def test_shared_prompts_are_counted_up_to_white_space():
     one, two = Task("1", "a", "x  y", "", ""), Task("2", "b", "x y", "", "")
     assert num_shared_prompts(TaskSplits(sft=(one,), heldout=(two,))) == 1
+
+
+def test_our_own_logic_tasks_are_drawn_by_name_and_difficulty():
+    config = source(
+        dataset="logic:sudoku", parameters={"difficulty": 2}, num_sft=0, num_rl=5, num_heldout=3
+    )
+    splits = make_tasks([config], seed=1)
+    assert (len(splits.rl), len(splits.heldout)) == (5, 3)
+    assert {task.verifier for task in splits.rl} == {"logic:sudoku"}
+    assert {task.difficulty for task in splits.rl} == {2.0}
+    assert make_tasks([config], seed=1) == splits
+    assert make_tasks([config], seed=2).rl != splits.rl
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "logic:sudoko"}, "'sudoko' is not known"),
+        ({"dataset": "logic:sudoku", "parameters": {"size": 4}}, "takes one parameter"),
+        ({"dataset": "logic:sudoku", "parameters": {"difficulty": 11}}, "must lie in 1 to 10"),
+    ],
+)
+def test_a_wrong_logic_entry_is_refused(changes, message):
+    with pytest.raises(M1Error, match=message):
+        make_tasks([source(num_sft=0, num_rl=1, **changes)], seed=1)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from m1.config.schema import SamplingConfig
-from m1.inference.sampler import sample, uniforms
+from m1.inference.params import SamplingParams
+from m1.inference.sampler import RandomStream, RowParams, sample
 
 PROBABILITIES = (0.1, 0.4, 0.05, 0.25, 0.2)
 LOGITS = torch.tensor([PROBABILITIES]).log() + 3.0  # a constant changes nothing
@@ -17,7 +17,13 @@ LOGITS = torch.tensor([PROBABILITIES]).log() + 3.0  # a constant changes nothing
 def draw(uniform, *, logits=LOGITS, num_tokens=5, **sampling):
     uniform = torch.as_tensor(uniform)
     rows = logits.expand(len(uniform), -1)
-    return sample(rows, uniform, SamplingConfig(**sampling), num_tokens=num_tokens)
+    params = RowParams.of([SamplingParams(max_new_tokens=1, **sampling)] * len(uniform))
+    return sample(rows, uniform, params, num_tokens=num_tokens)
+
+
+def uniforms(seed, count):
+    stream = RandomStream(seed)
+    return np.array([stream.next() for _ in range(count)])
 
 
 def grid(count=1000):
@@ -113,14 +119,66 @@ def test_logprobs_count_the_padding_as_training_does():
 def test_rows_are_sampled_independently():
     logits = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
     uniform = torch.from_numpy(uniforms(0, 7))
-    config = SamplingConfig(top_p=0.9)
-    together = sample(logits, uniform, config, num_tokens=20).tokens
-    alone = [sample(logits[i : i + 1], uniform[i : i + 1], config, num_tokens=20) for i in range(7)]
-    assert together.tolist() == [int(one.tokens) for one in alone]
+    rows = [
+        SamplingParams(max_new_tokens=1, **row)
+        for row in (
+            {"top_p": 0.9},
+            {"temperature": 0},
+            {"temperature": 3.0},
+            {"top_k": 2},
+            {"min_p": 0.5},
+            {"top_p": 0.5, "top_k": 3, "temperature": 0.3},
+            {},
+        )
+    ]
+    together = sample(logits, uniform, RowParams.of(rows), num_tokens=20)
+    for i, row in enumerate(rows):
+        one = slice(i, i + 1)
+        alone = sample(logits[one], uniform[one], RowParams.of([row]), num_tokens=20)
+        assert together.tokens[i] == alone.tokens[0]
+        torch.testing.assert_close(together.sampling_logprobs[one], alone.sampling_logprobs)
 
 
-def test_random_numbers_are_a_function_of_the_seed_and_no_limit_changes_them():
-    long = uniforms(2**64 - 1, 100)
+def test_random_numbers_are_a_function_of_the_seed():
+    long = uniforms(2**64 - 1, 300)
     np.testing.assert_array_equal(uniforms(2**64 - 1, 10), long[:10])
+    assert len(set(long)) == 300
     assert not np.array_equal(uniforms(0, 10), uniforms(1, 10))
     assert long.min() >= 0 and long.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 3}, {1, 3, 4}),
+        ({"top_k": 9}, {0, 1, 2, 3, 4}),
+        ({"min_p": 0.6}, {1, 3}),
+        ({"min_p": 0.2}, {0, 1, 3, 4}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 4, "top_p": 0.6}, {1, 3}),
+        ({"top_k": 2, "min_p": 0.2}, {1, 3}),
+    ],
+    ids=str,
+)
+def test_filters_keep_their_intersection_and_renormalise_it(sampling, kept):
+    counts = torch.bincount(draw(grid(20_000), **sampling).tokens, minlength=5)
+    total = sum(PROBABILITIES[token] for token in kept)
+    expected = [PROBABILITIES[t] / total if t in kept else 0.0 for t in range(5)]
+    np.testing.assert_allclose(counts / 20_000, expected, atol=1e-4)
+
+
+def test_sampling_logprobs_are_those_of_the_distribution_that_was_drawn_from():
+    result = draw(grid(50), temperature=0.5, top_k=3)
+    squared = np.square(PROBABILITIES)
+    total = squared[[1, 3, 4]].sum()
+    expected = torch.tensor(squared / total).log().float()[result.tokens]
+    torch.testing.assert_close(result.sampling_logprobs, expected, rtol=0, atol=1e-6)
+    assert draw([0.3], temperature=0).sampling_logprobs.tolist() == [0.0]
+
+
+def test_top_logprobs_are_the_most_likely_tokens_before_temperature():
+    result = draw([0.9], temperature=7.0, top_logprobs=3)
+    assert result.top_tokens.tolist() == [[1, 3, 4]]
+    expected = torch.tensor([[0.4, 0.25, 0.2]]).log()
+    torch.testing.assert_close(result.top_logprobs, expected, rtol=0, atol=1e-6)

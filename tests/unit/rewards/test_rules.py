@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from m1.config.schema import RewardConfig
-from m1.rewards.rules import extract_answer, is_correct, score
-from m1.types import M1Error, Task
+from m1.data.logic.catalogue import logic_task
+from m1.rewards.format import extract_answer
+from m1.rewards.rules import is_correct, reward_of, score
+from m1.rewards.service.pool import Judgement
+from m1.types import M1Error, Task, Verdict
 
 TASK = Task(
     task_id="sum",
@@ -108,3 +113,24 @@ def test_a_verifier_that_raises_marks_the_rollout_failed():
     reward = score(task, reply("junk"), CONFIG)  # reasoning-gym's own verifier raises on this
     assert reward.is_failed and (reward.total, reward.accuracy) == (0.0, 0.0)
     assert reward.parts["verifier_error"] == 1.0
+
+
+def test_a_logic_task_is_scored_here():
+    task = logic_task("sudoku").generate(1, 1)
+    assert score(task, reply(task.reference), CONFIG).total == 2.25
+    assert score(task, reply("1"), CONFIG).total == 0.25
+
+
+def test_a_verifier_that_may_hang_needs_the_service():
+    task = replace(TASK, verifier="maths")
+    with pytest.raises(M1Error, match="verifier 'maths'"):
+        score(task, reply("3"), CONFIG)
+    judgement = Judgement(Verdict(1.0, "number", {"from_whole": 1.0}), None, 0.1)
+    reward = reward_of(judgement, reply("3"), CONFIG)
+    assert (reward.total, reward.accuracy, reward.is_failed) == (2.25, 1.0, False)
+
+
+def test_an_infrastructure_error_marks_the_rollout_failed():
+    reward = reward_of(Judgement(None, "worker_crashed", 0.1), reply("3"), CONFIG)
+    assert (reward.total, reward.is_failed) == (0.0, True)
+    assert reward.parts == {"infra_error": 1.0, "worker_crashed": 1.0}

@@ -1,19 +1,20 @@
-"""Verifiable tasks from reasoning-gym, unique by prompt, in disjoint splits for their uses."""
+"""Generated tasks, unique by prompt, in disjoint splits for their uses."""
 
 import difflib
 import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from m1.config.schema import TaskSourceConfig
 from m1.data.demonstrations import SOLVERS, require_solver
-from m1.storage import atomic_write
+from m1.data.logic.catalogue import logic_task
 from m1.types import M1Error, Task
+
+LOGIC_PREFIX = "logic:"
 
 
 @dataclass(frozen=True)
@@ -56,37 +57,24 @@ def num_shared_prompts(splits: TaskSplits) -> int:
     return sum(count > 1 for count in Counter(_prompt_key(task.prompt) for task in tasks).values())
 
 
-def write_tasks(path: Path, tasks: Iterable[Task]) -> None:
-    """Write one JSON object a line."""
-    lines = [json.dumps(asdict(task), sort_keys=True, ensure_ascii=False) + "\n" for task in tasks]
-    atomic_write(path, "".join(lines).encode())
-
-
-def read_tasks(path: Path) -> list[Task]:
-    """Tasks that `write_tasks` wrote."""
-    with path.open(encoding="utf-8") as stream:
-        return [Task(**json.loads(line)) for line in stream]
-
-
 def _draw(
     config: TaskSourceConfig, seed: int, taken: set[str], outcomes: Counter[str]
 ) -> list[Task]:
     """Enough tasks with prompts not in `taken`, which grows; all outcomes are counted."""
     needed = config.num_sft + config.num_rl + config.num_heldout
     num_draws = 20 * needed + 1000
-    dataset = _open_dataset(config, seed, num_draws)
+    is_own = config.dataset.startswith(LOGIC_PREFIX)
+    candidates = (_own if is_own else _reasoning_gym)(config, seed, num_draws)
     tasks: list[Task] = []
-    for number in range(num_draws):
+    for candidate in candidates:
         if len(tasks) == needed:
             break
-        entry = dataset[number]
-        key = _prompt_key(entry["question"])
+        key = _prompt_key(candidate.prompt)
         if key in taken:
             outcomes["duplicate_prompt"] += 1
             continue
         taken.add(key)
-        task = _task(config, key, entry)
-        reason = _doubt(task, config.dataset, dataset, entry)
+        task, reason = candidate.make(f"{config.name}-{_digest(key)}")
         outcomes[reason or "kept"] += 1
         if not reason:
             tasks.append(task)
@@ -100,6 +88,47 @@ def _draw(
     return tasks
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A drawn prompt, and how to make its task and name what is doubtful about it."""
+
+    prompt: str
+    make: Callable[[str], tuple[Task, str | None]]
+
+
+def _reasoning_gym(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_Candidate]:
+    dataset = _open_dataset(config, seed, size)
+
+    def make(entry: dict[str, Any], task_id: str) -> tuple[Task, str | None]:
+        task = _task(config, task_id, entry)
+        return task, _doubt(task, config.dataset, dataset, entry)
+
+    for number in range(size):
+        entry = dataset[number]
+        yield _Candidate(entry["question"], partial(make, entry))
+
+
+def _own(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_Candidate]:
+    """Our own logic tasks, `logic:<task>` with the parameter `difficulty` from 1 to 10."""
+    judge = logic_task(config.dataset.removeprefix(LOGIC_PREFIX))
+    difficulty = config.parameters.get("difficulty", 1)
+    if set(config.parameters) - {"difficulty"} or not isinstance(difficulty, int):
+        raise M1Error(
+            f"data.tasks {config.name!r}: {config.dataset} takes one parameter, an integer "
+            f"difficulty, but got {config.parameters}; correct data.tasks.parameters"
+        )
+
+    def make(task: Task, task_id: str) -> tuple[Task, str | None]:
+        task = replace(task, task_id=task_id, source=config.name)
+        is_sound = judge.verify(task, task.reference).accuracy == 1
+        return task, None if is_sound else "own_answer_rejected"
+
+    start = _own_seed(config, seed)
+    for number in range(size):
+        task = judge.generate(start + number, difficulty)
+        yield _Candidate(task.prompt, partial(make, task))
+
+
 def _open_dataset(config: TaskSourceConfig, seed: int, size: int) -> Any:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
@@ -110,9 +139,7 @@ def _open_dataset(config: TaskSourceConfig, seed: int, size: int) -> Any:
             f"data.tasks {config.name!r} names dataset {config.dataset!r}, which reasoning-gym "
             f"does not have; close names: {near}"
         )
-    # Item i is drawn from seed + i, so neighbouring seeds would share nearly all items.
-    digest = hashlib.sha256(f"{seed}:{config.name}:{config.dataset}".encode()).digest()
-    own_seed = int.from_bytes(digest[:6], "big")
+    own_seed = _own_seed(config, seed)
     try:
         return reasoning_gym.create_dataset(
             config.dataset, **{**config.parameters, "seed": own_seed, "size": size}
@@ -124,9 +151,19 @@ def _open_dataset(config: TaskSourceConfig, seed: int, size: int) -> Any:
         ) from error
 
 
-def _task(config: TaskSourceConfig, key: str, entry: dict[str, Any]) -> Task:
+def _own_seed(config: TaskSourceConfig, seed: int) -> int:
+    """Item i is drawn from seed + i, so neighbouring seeds would share nearly all items."""
+    digest = hashlib.sha256(f"{seed}:{config.name}:{config.dataset}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _task(config: TaskSourceConfig, task_id: str, entry: dict[str, Any]) -> Task:
     return Task(
-        task_id=f"{config.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}",
+        task_id=task_id,
         source=config.name,
         prompt=entry["question"],
         reference=str(entry["answer"]),

@@ -1,0 +1,28 @@
+"""`m1 curate`: tasks fit for RL from sets that are not yet."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from m1.curate.files import curate_files, read_settings
+
+
+def curate(
+    settings: Annotated[Path, typer.Argument(help="TOML file: inputs, filters, thresholds.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Filter, deduplicate and decontaminate tasks; writes them with a card and a funnel chart."""
+    console = Console()
+    config = read_settings(settings)
+    card = curate_files(config, output, report=lambda step: console.print(f"  {step}"))
+    table = Table("step", "left")
+    for row in card["funnel"]:
+        table.add_row(row["step"], str(row["left"]))
+    console.print(table)
+    console.print(
+        f"{card['num_kept']} kept, {card['num_dropped']} dropped, {card['num_opened']} made open; "
+        f"wrote {output}"
+    )

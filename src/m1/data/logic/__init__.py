@@ -1,0 +1,1 @@
+"""Logic tasks: generators with difficulty and verifiers that judge the answer itself."""

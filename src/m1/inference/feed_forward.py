@@ -1,0 +1,101 @@
+"""Feed-forward layers of one step, dense or experts, without a host sync where few tokens come.
+
+Shapes: T tokens, h hidden, E experts of this rank, F width of an expert, k experts of a token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from m1.inference.parameters import FeedForward
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DENSE_TOKENS = 256
+"""Up to here every expert multiplies every token: reading its weights takes as long, on a GPU."""
+
+
+def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear) -> torch.Tensor:
+    """Sum over the chosen experts e of w_e fc2_e [SiLU(gate_e x) * up_e x], plus a shared expert.
+
+    w: softmax over the logits of the k chosen (PAPER sec. 1), in float32. Over several ranks the
+    result is this rank's part of the sum.
+
+    Args:
+        x: [T, h].
+        weights: The layer's.
+        top_k: k.
+        linear: y = x w^T.
+
+    Returns:
+        [T, h] in x's dtype.
+    """
+    if weights.router is None:
+        return _swiglu(x, weights.fc1[0], weights.fc2[0], None, linear)
+    logits = linear(x.float(), weights.router.float())
+    top, chosen = logits.topk(top_k, dim=-1)
+    share = top.softmax(-1)
+    num_local = len(weights.fc1)
+    if x.shape[0] <= DENSE_TOKENS or num_local <= 2 * top_k:
+        out = _all(x, weights, torch.zeros_like(logits).scatter_(1, chosen, share), linear)
+    else:
+        out = _routed(x, weights, chosen, share, linear)
+    if weights.shared is not None:
+        shared = weights.shared
+        out = out + _swiglu(x, shared.fc1[0], shared.fc2[0], None, linear)
+    return out
+
+
+def _swiglu(
+    x: torch.Tensor,
+    fc1: torch.Tensor,
+    fc2: torch.Tensor,
+    share: torch.Tensor | None,
+    linear: Linear,
+) -> torch.Tensor:
+    gate, up = linear(x, fc1).chunk(2, dim=-1)
+    inner = F.silu(gate) * up
+    if share is not None:
+        inner = (inner * share[:, None]).to(x.dtype)
+    return linear(inner, fc2)
+
+
+def _all(
+    x: torch.Tensor, weights: FeedForward, share: torch.Tensor, linear: Linear
+) -> torch.Tensor:
+    """Every expert on every token; `share` [T, all experts] is 0 where it was not chosen."""
+    num_local = len(weights.fc1)
+    share = share[:, weights.first_expert : weights.first_expert + num_local]
+    if weights.all_fc1 is not None and weights.all_fc2 is not None:
+        gate, up = linear(x, weights.all_fc1).chunk(2, dim=-1)
+        inner = F.silu(gate).mul_(up)
+        inner.view(x.shape[0], num_local, -1).mul_(share[:, :, None])
+        return linear(inner, weights.all_fc2)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e, (fc1, fc2) in enumerate(zip(weights.fc1, weights.fc2, strict=True)):
+        total += _swiglu(x, fc1, fc2, share[:, e], linear)
+    return total.to(x.dtype)
+
+
+def _routed(
+    x: torch.Tensor,
+    weights: FeedForward,
+    chosen: torch.Tensor,
+    share: torch.Tensor,
+    linear: Linear,
+) -> torch.Tensor:
+    """Each expert on the tokens that chose it; reads their number on the host."""
+    top_k = chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=weights.first_expert + len(weights.fc1))
+    bounds = [0, *counts.cumsum(0).tolist()]
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for e, (fc1, fc2) in enumerate(zip(weights.fc1, weights.fc2, strict=True)):
+        number = weights.first_expert + e
+        picked = order[bounds[number] : bounds[number + 1]]
+        if picked.numel():
+            rows = picked // top_k
+            out = _swiglu(x[rows], fc1, fc2, share.flatten()[picked], linear)
+            total.index_add_(0, rows, out.float())
+    return total.to(x.dtype)

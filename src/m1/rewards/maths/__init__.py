@@ -1,0 +1,1 @@
+"""Mathematical answers: extraction, and equivalence without evaluating model text."""

@@ -1,0 +1,1 @@
+"""Running programs that nobody trusts: isolated, bounded, and gone when closed."""

@@ -1,0 +1,135 @@
+"""Running one bounded child process: feed it, collect bounded output, kill it in time."""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+_STDERR_BYTES = 64 << 10
+_CHUNK = 1 << 16
+_DRAIN_SECONDS = 2.0
+
+
+@dataclass
+class Collected:
+    """What came out of a process, and which limit ended it."""
+
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    stopped_by: str | None = None
+
+
+def collect(
+    process: subprocess.Popen[bytes],
+    stdin: bytes,
+    *,
+    wall_seconds: float,
+    output_bytes: int,
+    kill: Callable[[], None],
+) -> Collected:
+    """Drive the three pipes until the process ends or a limit is met; `kill` then ends it.
+
+    Reading goes on after the process has ended only as long as something comes: a child of it that
+    holds a pipe open cannot hold us.
+    """
+    found = Collected()
+    deadline = time.monotonic() + wall_seconds
+    rest = memoryview(stdin)
+    exited = os.pidfd_open(process.pid)
+    assert process.stdin and process.stdout and process.stderr
+    try:
+        with selectors.DefaultSelector() as selector:
+            for stream in (process.stdin, process.stdout, process.stderr):
+                os.set_blocking(stream.fileno(), False)
+            selector.register(process.stdout, selectors.EVENT_READ)
+            selector.register(process.stderr, selectors.EVENT_READ)
+            selector.register(exited, selectors.EVENT_READ)
+            if stdin:
+                selector.register(process.stdin, selectors.EVENT_WRITE)
+            else:
+                process.stdin.close()
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    found.stopped_by = found.stopped_by or "wall"
+                    break
+                ready = {key.fileobj for key, _ in selector.select(left)}
+                if process.stdin in ready:
+                    rest = _feed(process, rest, selector)
+                for stream, buffer, limit in (
+                    (process.stdout, found.stdout, output_bytes),
+                    (process.stderr, found.stderr, None),
+                ):
+                    if stream in ready and not _read(stream.fileno(), buffer, limit):
+                        selector.unregister(stream)
+                if len(found.stdout) > output_bytes:
+                    found.stopped_by = "output"
+                    break
+                if exited in ready:
+                    break
+        kill()
+        _drain(process, found, output_bytes)
+    finally:
+        os.close(exited)
+        if process.poll() is None:
+            kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    del found.stdout[output_bytes:]
+    return found
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process group that `start_new_session` made."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _feed(
+    process: subprocess.Popen[bytes], rest: memoryview, selector: selectors.BaseSelector
+) -> memoryview:
+    assert process.stdin
+    try:
+        rest = rest[os.write(process.stdin.fileno(), rest[:_CHUNK]) :]
+    except BlockingIOError:
+        return rest
+    except BrokenPipeError:
+        rest = rest[len(rest) :]
+    if not len(rest):
+        selector.unregister(process.stdin)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    return rest
+
+
+def _read(descriptor: int, buffer: bytearray, limit: int | None) -> bool:
+    """Append what is there; False at the end. Without a limit only the first part is kept."""
+    try:
+        data = os.read(descriptor, _CHUNK)
+    except BlockingIOError:
+        return True
+    if limit is not None or len(buffer) < _STDERR_BYTES:
+        buffer += data if limit is not None else data[: _STDERR_BYTES - len(buffer)]
+    return bool(data)
+
+
+def _drain(process: subprocess.Popen[bytes], found: Collected, output_bytes: int) -> None:
+    """Read what still lies in the pipes of a dead process, at most a moment and the limit."""
+    deadline = time.monotonic() + _DRAIN_SECONDS
+    assert process.stdout and process.stderr
+    for stream, buffer, limit in (
+        (process.stdout, found.stdout, output_bytes),
+        (process.stderr, found.stderr, None),
+    ):
+        while time.monotonic() < deadline and len(found.stdout) <= output_bytes:
+            size = len(buffer)
+            if not _read(stream.fileno(), buffer, limit) or len(buffer) == size:
+                break
+    if len(found.stdout) > output_bytes and found.stopped_by is None:
+        found.stopped_by = "output"
