@@ -37,7 +37,7 @@ def decode_lightning(
     """
     state = table[slots]
     if q.is_cuda:
-        out = lightning_attention_step(q, k, v, slopes, state)
+        out = lightning_attention_step(q, k, v, slopes, state, batch_invariant=True)
     else:
         state.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None])
         out = (q.float()[..., None] * state).sum(2).to(q.dtype)  # faster than many small products
