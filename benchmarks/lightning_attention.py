@@ -143,11 +143,25 @@ def run_decode(batch: int, heads: int, bandwidth: float) -> dict[str, Any]:
         work = partial(recurrent, *token, output_final_state=True, **options)
         return replay_ms(work, inner=inner) * 1e3
 
+    def vllm() -> float:
+        from vllm.model_executor.layers.lightning_attn import linear_decode_forward_triton as decode
+
+        token = [t[:, :, None] for t in (q, k, v)]
+        theirs = expected.clone()
+        reference.step(*(t[:, None] for t in (q, k, v)), slopes, expected, slots)
+        decode(*token, theirs, slopes, slots)
+        assert relative(theirs, expected) <= TOLERANCE  # k times v is rounded to bf16 there
+        work = partial(decode, *token, states, slopes, slots)
+        return replay_ms(work, inner=inner) * 1e3
+
     with torch.no_grad():
         found["fla_us"] = attempt("fla decode", peer)
+        found["vllm_us"] = attempt("vllm decode", vllm)
     share = found["floor_us"] / found["ours_us"]
     print(f"decode B={batch:4d} ours {found['ours_us']:7.1f} us {share:4.0%}", end="")
-    print(f" FLA {found['fla_us']:7.1f} us" if found["fla_us"] else "", flush=True)
+    for name in ("fla", "vllm"):
+        print(f" {name} {found[f'{name}_us'] or float('nan'):7.1f} us", end="")
+    print(flush=True)
     return found
 
 
