@@ -1,12 +1,14 @@
 """The gated norm's kernels against its definition in float64, on one rank and on two."""
 
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from m1_kernels.lightning_attention.gated_norm import GatedNormFunction
+from m1_kernels.lightning_attention.gated_norm_kernels import GatedNormFunction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-3
@@ -31,7 +33,7 @@ def run(tensors, d_out, *options):
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 32), (5, 24)])
 def test_one_rank_equals_the_definition(monkeypatch, rows, width):
-    monkeypatch.setattr("m1_kernels.lightning_attention.gated_norm._MAX_PROGRAMS", 2)
+    monkeypatch.setattr("m1_kernels.lightning_attention.gated_norm_kernels._MAX_PROGRAMS", 2)
     x, gate, d_out = (draw(rows, width, seed=n) for n in range(3))
     weight = draw(width, seed=3)
     wanted = definition(x, gate, weight, d_out)
@@ -54,3 +56,9 @@ def test_two_ranks_that_add_their_sums_equal_the_definition():
         assert next(theirs, None) is None  # one sum forward, one backward
         for one, whole in zip(found, wanted, strict=True):
             torch.testing.assert_close(one.double(), whole[..., mine], rtol=1e-5, atol=1e-5)
+
+
+def test_loading_the_kernels_does_not_hide_the_functions_of_the_package():
+    import m1_kernels.lightning_attention as package
+
+    assert all(not isinstance(getattr(package, name), ModuleType) for name in package.__all__)

@@ -265,3 +265,28 @@ def test_the_chunked_form_continues_from_an_initial_state():
     )
     assert relative_error(out, expected) < TOLERANCE
     assert relative_error(final, expected_final) < TOLERANCE
+
+
+def test_a_sequence_alone_and_packed_agree_bitwise_when_batch_invariant():
+    lengths, slopes = [3, 70, 5], lightning_slopes(2, layer_index=1, num_layers=8)
+    q, k, v = inputs(sum(lengths))
+    states = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def run(rows, numbers, invariant):
+        return lightning_attention(
+            *(x[rows] for x in (q, k, v)),
+            slopes,
+            bounds(lengths[numbers]),
+            initial_state=states[numbers],
+            output_final_state=True,
+            batch_invariant=invariant,
+        )
+
+    alone, packed = slice(3, 73), slice(None)
+    out, final = run(packed, slice(None), True)
+    alone_out, alone_final = run(alone, slice(1, 2), True)
+    assert torch.equal(out[alone], alone_out) and torch.equal(final[1:2], alone_final)
+    # Without the flag chunks begin elsewhere in the sequence: the sums differ.
+    loose, _ = run(packed, slice(None), False)
+    assert not torch.equal(loose[alone], run(alone, slice(1, 2), False)[0])
+    torch.testing.assert_close(loose, out)

@@ -5,6 +5,7 @@ Under `torch.autocast` float32 inputs are cast to its type; slopes and states st
 Shapes: T tokens, N sequences, B rows of a batch, H heads, D key dims, E value dims.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -58,7 +59,7 @@ def lightning_attention(
             q, k, v, slopes, cu_seqlens, state, output_final_state, batch_invariant
         )
         return out, final if output_final_state else None
-    out = reference.chunked(q, k, v, slopes, cu_seqlens, initial_state)
+    out = _chunked(batch_invariant)(q, k, v, slopes, cu_seqlens, initial_state)
     if not output_final_state:
         return out, None
     return out, reference.final_states(k, v, slopes, cu_seqlens, initial_state)
@@ -95,7 +96,7 @@ def lightning_attention_qkv(
         )[0]
         return out
     q, k, v = F.silu(qkv).unbind(2)
-    return reference.chunked(q, k, v, slopes, cu_seqlens)
+    return _chunked(batch_invariant)(q, k, v, slopes, cu_seqlens)
 
 
 def lightning_attention_prefill(
@@ -142,7 +143,7 @@ def lightning_attention_prefill(
         )
     final = reference.final_states(k, v, slopes, cu_seqlens, initial_state)
     states[slots[slots >= 0].long()] = final[slots >= 0]
-    return reference.chunked(q, k, v, slopes, cu_seqlens, initial_state)
+    return _chunked(batch_invariant)(q, k, v, slopes, cu_seqlens, initial_state)
 
 
 def lightning_attention_step(
@@ -240,6 +241,10 @@ def gated_norm(
     total = SumOverRanks.apply(squares, group)  # type: ignore[no-untyped-call]
     root = torch.rsqrt(total / (x.shape[-1] * num_ranks) + eps)
     return torch.sigmoid(gate) * ((x.float() * root).to(x.dtype) * weight)
+
+
+def _chunked(batch_invariant: bool) -> Callable[..., torch.Tensor]:
+    return reference.chunked_apart if batch_invariant else reference.chunked
 
 
 def _check_initial(

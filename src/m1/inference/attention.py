@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from m1_kernels.lightning_attention import lightning_attention, lightning_attention_step
+from m1.inference.steps import Prompts
+from m1_kernels.lightning_attention import lightning_attention_prefill, lightning_attention_step
 
 
 def decode_lightning(
@@ -16,9 +17,10 @@ def decode_lightning(
     k: torch.Tensor,
     v: torch.Tensor,
     slopes: torch.Tensor,
-    decay: torch.Tensor,
     table: torch.Tensor,
     slots: torch.Tensor | slice,
+    *,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     """One token for each of B rows whose states are rows of a table, updated in place.
 
@@ -27,23 +29,19 @@ def decode_lightning(
         k: [B, H, D].
         v: [B, H, D].
         slopes: float32 [H].
-        decay: float32 [H, 1, 1], exp(-slope).
         table: float32 [S, H, D, D].
-        slots: int64 [B], distinct but for -1, which reads and writes the table's last row; or the
+        slots: int64 [B], distinct but for -1, whose rows give zeros and write nothing; or the
             range of the table that the rows are.
+        batch_invariant: Whether a row's bits must not depend on B.
 
     Returns:
         [B, H, D] in q's dtype.
     """
-    state = table[slots]
-    if q.is_cuda:
-        out = lightning_attention_step(q, k, v, slopes, state, batch_invariant=True)
-    else:
-        state.mul_(decay).addcmul_(k.float()[..., None], v.float()[:, :, None])
-        out = (q.float()[..., None] * state).sum(2).to(q.dtype)  # faster than many small products
-    if isinstance(slots, torch.Tensor):
-        table[slots] = state
-    return out
+    if isinstance(slots, slice):
+        return lightning_attention_step(
+            q, k, v, slopes, table[slots], batch_invariant=batch_invariant
+        )
+    return lightning_attention_step(q, k, v, slopes, table, slots, batch_invariant=batch_invariant)
 
 
 def prefill_lightning(
@@ -51,35 +49,32 @@ def prefill_lightning(
     k: torch.Tensor,
     v: torch.Tensor,
     slopes: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    carried: list[tuple[int, slice, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunks of N sequences laid end to end, some of which continue from a state.
-
-    The output is linear in the state, so what it adds is added afterwards:
-    o_i += lam^(i+1) q_i S_0 and S += lam^T S_0, with lam = exp(-slope).
+    table: torch.Tensor,
+    prompts: Prompts,
+    *,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    """Chunks of N prompts laid end to end; their states in the table go on.
 
     Args:
         q: [T, H, D].
         k: [T, H, D].
         v: [T, H, D].
         slopes: float32 [H].
-        cu_seqlens: int32 [N + 1].
-        carried: Number, tokens and state float32 [H, D, D] of each sequence that continues.
+        table: float32 [S, H, D, D].
+        prompts: Where the chunks lie, and their states.
+        batch_invariant: Whether a prompt's bits must not depend on the others.
 
     Returns:
-        Outputs [T, H, D] in q's dtype and final states float32 [N, H, D, D].
+        [T, H, D] in q's dtype.
     """
-    out, final = lightning_attention(q, k, v, slopes, cu_seqlens, output_final_state=True)
-    assert final is not None
-    for number, rows, state in carried:
-        count = rows.stop - rows.start
-        age = torch.arange(1, count + 1, device=q.device, dtype=torch.float32)
-        decayed = q[rows].float() * torch.exp(-slopes * age[:, None])[..., None]
-        carry = torch.einsum("thd,hde->the", decayed, state)
-        out[rows] = (out[rows].float() + carry).to(out.dtype)
-        final[number] += torch.exp(-slopes * count)[:, None, None] * state
-    return out, final
+    entering = None
+    if prompts.is_new is not None:
+        entering = table[prompts.slots].masked_fill_(prompts.is_new[:, None, None, None], 0.0)
+    return lightning_attention_prefill(
+        q, k, v, slopes, prompts.cu_seqlens, table, prompts.slots,
+        initial_state=entering, batch_invariant=batch_invariant,
+    )  # fmt: skip
 
 
 def decode_softmax(

@@ -31,8 +31,6 @@ class Lightning:
     """[W]."""
     slopes: torch.Tensor
     """float32 [H]."""
-    decay: torch.Tensor
-    """float32 [H, 1, 1], exp(-slope)."""
     qkv_gate: torch.Tensor | None = None
     """[4 W, h], a copy of both: one product instead of two where copies are cheap."""
 
@@ -195,7 +193,6 @@ def _lightning(module: Any) -> Lightning:
         out=module.out_proj.weight.detach(),
         norm=module.norm_weight.detach(),
         slopes=slopes,
-        decay=torch.exp(-slopes)[:, None, None],
     )
 
 

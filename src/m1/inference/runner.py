@@ -26,7 +26,7 @@ from m1.inference.attention import (
 from m1.inference.cache import Cache
 from m1.inference.feed_forward import experts
 from m1.inference.parameters import Layer, Lightning, Softmax, copy_joined, read_parameters
-from m1.inference.steps import Chunk, DecodeRows, Step
+from m1.inference.steps import DecodeRows, Prompts, Step
 from m1.model.head import split_linear
 from m1.model.softmax import rotate
 from m1_kernels.lightning_attention import gated_norm
@@ -70,11 +70,11 @@ class ModelRunner:
         angles = step.positions[:, None].float() * found.inverse_frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         rotary = angles.cos(), angles.sin()
-        bounds = _bounds(step.chunks, x.device)
+        prompts = Prompts.of(step.chunks, x.device) if step.chunks else None
         for layer in found.layers:
             normed = self._norm(x, layer.attention_norm)
             if isinstance(layer.attention, Lightning):
-                inner = self._lightning(normed, layer, layer.attention, step, bounds, cache)
+                inner = self._lightning(normed, layer, layer.attention, step, prompts, cache)
             else:
                 inner = self._softmax(normed, layer, layer.attention, step, rotary, cache)
             x = self._project(inner, layer.attention.out, normed, x, layer.attention_scales)
@@ -119,7 +119,7 @@ class ModelRunner:
         layer: Layer,
         weights: Lightning,
         step: Step,
-        bounds: torch.Tensor,
+        prompts: Prompts | None,
         cache: Cache,
     ) -> torch.Tensor:
         num_heads, dim = cache.states.shape[2:4]
@@ -132,45 +132,21 @@ class ModelRunner:
         q, k, v = F.silu(qkv).view(-1, num_heads, 3, dim).unbind(2)
         table = cache.states[layer.cache_index]
         count = step.decode.count if step.decode else 0
-        parts = []
+        parts, invariant = [], self.is_invariant
         if step.decode:
             rows = (q, k, v) if not step.chunks else (q[:count], k[:count], v[:count])
-            slots = step.decode.slots
-            parts.append(decode_lightning(*rows, weights.slopes, weights.decay, table, slots))
-        if step.chunks:
+            parts.append(
+                decode_lightning(
+                    *rows, weights.slopes, table, step.decode.slots, batch_invariant=invariant
+                )
+            )
+        if prompts:
             rows = (q[count:], k[count:], v[count:])
-            parts.append(self._prefill_lightning(*rows, weights, step.chunks, bounds, table))
+            parts.append(
+                prefill_lightning(*rows, weights.slopes, table, prompts, batch_invariant=invariant)
+            )
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
         return self._gated_norm(out, gate, weights.norm)
-
-    def _prefill_lightning(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        weights: Lightning,
-        chunks: list[Chunk],
-        bounds: torch.Tensor,
-        table: torch.Tensor,
-    ) -> torch.Tensor:
-        if self.is_invariant and len(chunks) > 1:  # the kernel's blocks would span sequences
-            outs, start = [], 0
-            for chunk in chunks:
-                rows = slice(start, start + chunk.count)
-                start += chunk.count
-                alone = bounds.new_tensor([0, chunk.count])
-                parts = (q[rows], k[rows], v[rows], weights)
-                outs.append(self._prefill_lightning(*parts, [chunk], alone, table))
-            return torch.cat(outs)
-        carried, start = [], 0
-        for number, chunk in enumerate(chunks):
-            if chunk.start:
-                rows = slice(start, start + chunk.count)
-                carried.append((number, rows, table[chunk.slot]))
-            start += chunk.count
-        out, final = prefill_lightning(q, k, v, weights.slopes, bounds, carried)
-        table[[chunk.slot for chunk in chunks]] = final
-        return out
 
     def _gated_norm(
         self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor
@@ -267,14 +243,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 @functools.cache
 def _constant(value: float) -> torch.Tensor:
     return torch.tensor(value)
-
-
-def _bounds(chunks: list[Chunk], device: torch.device) -> torch.Tensor:
-    """int32 [N + 1], bounds of the chunks; nothing is copied where there are none."""
-    if not chunks:
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    counts = torch.tensor([0, *(chunk.count for chunk in chunks)], dtype=torch.int32)
-    return counts.cumsum(0, dtype=torch.int32).to(device)
 
 
 def _reduced(x: torch.Tensor, group: Any) -> torch.Tensor:

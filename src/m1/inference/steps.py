@@ -1,7 +1,7 @@
 """What the model is asked in one step: rows that decode, and chunks of prompts.
 
-Shapes: T tokens of a step, B rows that decode, n pages of a row, G tokens of a page, R rows of
-logits.
+Shapes: T tokens of a step, B rows that decode, N chunks, n pages of a row, G tokens of a page, R
+rows of logits.
 """
 
 from dataclasses import dataclass, field
@@ -33,6 +33,29 @@ class Chunk:
     count: int
     pages: torch.Tensor
     """int64 [n], enough for start + count tokens."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The chunks of a step as the kernels of lightning attention take them."""
+
+    cu_seqlens: torch.Tensor
+    """int32 [N + 1], bounds of the chunks."""
+    slots: torch.Tensor
+    """int64 [N]."""
+    is_new: torch.Tensor | None
+    """bool [N], whether a chunk is the first of its prompt; None where all are."""
+
+    @classmethod
+    def of(cls, chunks: "list[Chunk]", device: torch.device) -> "Prompts":
+        """Collect what chunks say of themselves."""
+        counts = torch.tensor([0, *(chunk.count for chunk in chunks)], dtype=torch.int32)
+        is_new = [chunk.start == 0 for chunk in chunks]
+        return cls(
+            cu_seqlens=counts.cumsum(0, dtype=torch.int32).to(device),
+            slots=torch.tensor([chunk.slot for chunk in chunks], device=device),
+            is_new=None if all(is_new) else torch.tensor(is_new, device=device),
+        )
 
 
 @dataclass
