@@ -8,7 +8,7 @@ Contexts are put in place, not computed: what the tokens were does not change th
 not fit into memory is reported so. transformers computes its contexts, so it takes part up to
 `--peer-context`; its prefill is timed apart and subtracted. The twin has the same sizes with
 softmax attention in every layer. Also measured: one prompt shared by 16 completions against one
-alone, and the cache's memory against `m1 plan`.
+alone, and the cache's memory against `m1 plan`; on a CPU sampling as RL does it, compiled and not.
 """
 
 import argparse
@@ -22,8 +22,9 @@ import torch
 
 from benchmarks.machine import write
 from m1.config.loading import load_recipe
-from m1.config.schema import ModelConfig, MoeConfig
+from m1.config.schema import ModelConfig, MoeConfig, SamplingConfig
 from m1.inference.core import EngineCore
+from m1.inference.engine import LocalEngine, Request
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.inference.sampler import RandomStream
@@ -135,6 +136,24 @@ def shared_prompt(model: torch.nn.Module, vocab: int, *, context: int) -> dict[s
     return found
 
 
+def groups_speed(model: torch.nn.Module, vocab: int, *, host_kernel: bool) -> float:
+    """Tokens/s of sampling 64 groups of 8, as a step of RL does; completions of 32 tokens."""
+    limits = EngineLimits(num_pages=512 * 4, host_kernel=host_kernel)
+    local = LocalEngine(model, stop_token=vocab, num_tokens=vocab, limits=limits)
+    prompts = torch.randint(5, 100, (64, 24), generator=torch.Generator().manual_seed(1))
+    requests = [
+        Request(tuple(prompt), tuple(range(8 * i, 8 * i + 8)))
+        for i, prompt in enumerate(prompts.tolist())
+    ]
+    sampling = SamplingConfig(max_new_tokens=32)
+    seconds = []
+    for _ in range(4):  # the first warms up
+        started = time.perf_counter()
+        groups = local.generate(requests, sampling)
+        seconds.append(time.perf_counter() - started)
+    return sum(len(c.tokens) for group in groups for c in group) / min(seconds[1:])
+
+
 def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> float:
     """Tokens/s of generate, prefill not counted."""
     from transformers import AutoModelForCausalLM
@@ -216,6 +235,12 @@ def main() -> None:
                 lambda m=model, n=longest: shared_prompt(m, vocab, context=n)
             )
             print("shared prompt", results["shared_prompt"], flush=True)
+            if options.laptop:
+                results["groups"] = {
+                    name: groups_speed(model, vocab, host_kernel=name == "compiled")
+                    for name in ("pytorch", "compiled")
+                }
+                print("64 groups of 8", results["groups"], flush=True)
         if name == "engine" and "transformers" not in options.skip:
             with tempfile.TemporaryDirectory() as folder:
                 export_hf(model, own, Path(folder), eos_token_id=2, pad_token_id=1)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from serving import free_port, serve_process
 
-LONG = {"prompt": "one and", "max_tokens": 300, "ignore_eos": True}
+LONG = {"prompt": "one and", "max_tokens": 300, "ignore_eos": True, "n": 16}
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,13 @@ def served(hf_folder):
 def ask(url, body):
     headers = {"Authorization": "Bearer secret"}
     return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+
+
+def wait_until_pending(url, count):
+    """Until so many completions are under way."""
+    deadline = time.monotonic() + 30
+    while f"\nm1_pending_completions {count:.1f}\n" not in httpx.get(f"{url}/metrics").text:
+        assert time.monotonic() < deadline, f"there were never {count} completions under way"
 
 
 @pytest.mark.parametrize("is_streaming", [False, True])
@@ -76,7 +83,7 @@ def test_a_killed_server_gives_clean_errors_and_a_restarted_one_serves_until_sig
         concurrent.futures.ThreadPoolExecutor(8) as threads,
     ):
         cut = [threads.submit(ask, url, LONG) for _ in range(8)]
-        time.sleep(0.5)
+        wait_until_pending(url, 8 * LONG["n"])
         process.kill()
         for request in cut:
             with pytest.raises(httpx.TransportError):
@@ -84,7 +91,7 @@ def test_a_killed_server_gives_clean_errors_and_a_restarted_one_serves_until_sig
     with serve_process(hf_folder, port=port) as (process, url):
         with concurrent.futures.ThreadPoolExecutor(4) as threads:
             open_requests = [threads.submit(ask, url, LONG) for _ in range(4)]
-            time.sleep(0.5)
+            wait_until_pending(url, 4 * LONG["n"])
             process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             with pytest.raises(httpx.TransportError):
@@ -92,5 +99,5 @@ def test_a_killed_server_gives_clean_errors_and_a_restarted_one_serves_until_sig
             for request in open_requests:
                 response = request.result()
                 assert response.status_code == 200
-                assert response.json()["usage"]["completion_tokens"] == 300
+                assert response.json()["usage"]["completion_tokens"] == 300 * LONG["n"]
         assert process.wait(timeout=30) in (0, -signal.SIGTERM)

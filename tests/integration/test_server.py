@@ -1,6 +1,7 @@
 """The HTTP interface, with the clients that people use."""
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -256,7 +257,7 @@ def test_the_model_is_listed_and_metrics_count(server, client):
 
 
 def test_a_client_that_leaves_frees_its_slots(server):
-    long = {"prompt": "one", "max_tokens": 450, "ignore_eos": True, "n": 8}
+    long = {"prompt": "one", "max_tokens": 450, "ignore_eos": True, "n": 64}
     with httpx.stream("POST", f"{server.url}/v1/completions", json={**long, "stream": True}) as r:
         next(r.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
@@ -281,8 +282,8 @@ def test_a_wrong_or_missing_token_is_refused(served_model, hf_folder):
 
 def test_limits_of_waiting_time_and_size_hold(served_model, hf_folder):
     limits = ServerLimits(timeout_seconds=0.5, max_body_bytes=20_000)
-    with local_server(served_model, hf_folder, max_waiting=10, limits=limits) as server:
-        long = {"prompt": "one", "max_tokens": 500, "ignore_eos": True, "n": 10}
+    with local_server(served_model, hf_folder, max_waiting=64, limits=limits) as server:
+        long = {"prompt": "one", "max_tokens": 500, "ignore_eos": True, "n": 64}
         with ThreadPoolExecutor(2) as threads:
             late = threads.submit(server.post, "/v1/completions", long)
             time.sleep(0.25)
@@ -316,7 +317,7 @@ def invariant_server(served_model, hf_folder):
 
 
 def test_the_engine_behind_http_gives_what_the_local_one_gives(invariant_server, served_model):
-    sampling = SamplingConfig(max_new_tokens=20, top_p=0.95)
+    sampling = SamplingConfig(max_new_tokens=20, top_p=0.95, top_k=30, min_p=0.01)
     stop = invariant_server.tokenizer.stop_tokens[0]
     remote = HttpEngine(invariant_server.url, stop_token=stop)
     size = invariant_server.tokenizer.vocab_size
@@ -341,7 +342,8 @@ def test_any_openai_server_can_stand_in_for_the_engine(server):
     stop = server.tokenizer.stop_tokens[0]
     engine = OpenAiEngine(server.url, model="tiny", stop_token=stop)
     engine.policy_version = 4
-    groups = engine.generate(engine_requests(), SamplingConfig(max_new_tokens=9))
+    sampling = SamplingConfig(max_new_tokens=9, top_k=20)
+    groups = engine.generate(engine_requests(), sampling)
     assert [len(group) for group in groups] == [2] * 6
     first = groups[0][0]
     assert first.policy_versions == (4,) * len(first.tokens)
@@ -361,6 +363,23 @@ def test_an_absent_server_is_named():
         engine.generate(engine_requests(), SamplingConfig(max_new_tokens=2))
 
 
+def change_weights(engine, model, folder):
+    """Five versions, of which two are torn; how many were refused."""
+    refused = 0
+    for version in range(1, 6):
+        time.sleep(0.2)
+        publish(model, str(folder), version=version)
+        if version % 2:
+            engine.load_weights(str(folder), version)
+            continue
+        (path,) = folder.glob("*.safetensors")
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(M1Error, match="is not what was written"):
+            engine.load_weights(str(folder), version)
+        refused += 1
+    return refused
+
+
 def test_weights_change_under_load_without_a_lost_request(make_model, hf_folder, tmp_path):
     from m1.model.hf import load_hf
 
@@ -368,21 +387,20 @@ def test_weights_change_under_load_without_a_lost_request(make_model, hf_folder,
     with local_server(model, hf_folder) as server:
         engine = HttpEngine(server.url, stop_token=server.tokenizer.stop_tokens[0])
         requests = [Request((20 + i, 30, 40), (i,)) for i in range(48)]
+        is_over = threading.Event()
+
+        def load():
+            groups = []
+            while not is_over.is_set():
+                groups += engine.generate(requests, SamplingConfig(max_new_tokens=400))
+            return groups
+
         with ThreadPoolExecutor(1) as threads:
-            sampling = SamplingConfig(max_new_tokens=120)
-            running = threads.submit(engine.generate, requests, sampling)
-            refused = 0
-            for version in range(1, 6):
-                time.sleep(0.2)
-                publish(model, str(tmp_path / "w"), version=version)
-                if version % 2 == 0:
-                    (path,) = (tmp_path / "w").glob("*.safetensors")
-                    path.write_bytes(path.read_bytes()[:-100])
-                    with pytest.raises(M1Error, match="is not what was written"):
-                        engine.load_weights(str(tmp_path / "w"), version)
-                    refused += 1
-                else:
-                    engine.load_weights(str(tmp_path / "w"), version)
+            running = threads.submit(load)
+            try:
+                refused = change_weights(engine, model, tmp_path / "w")
+            finally:
+                is_over.set()
             groups = running.result()
         assert refused == 2 and engine.policy_version == 5
         versions = [completion.policy_versions for (completion,) in groups]

@@ -3,16 +3,24 @@
 import json
 import multiprocessing
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from m1.model import cpu
 
 cpu.without_compilation()
 
+import reasoning_gym  # noqa: E402, F401  once, before the ranks are forked
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from m1.config.schema import ModelConfig, ParallelConfig, SamplingConfig  # noqa: E402
+from m1.config.schema import (  # noqa: E402
+    ModelConfig,
+    ParallelConfig,
+    RewardConfig,
+    SamplingConfig,
+)
+from m1.data.tokenizer import Tokenizer  # noqa: E402
 from m1.inference.core import EngineCore  # noqa: E402
 from m1.inference.engine import LocalEngine, Request  # noqa: E402
 from m1.inference.limits import EngineLimits  # noqa: E402
@@ -21,7 +29,8 @@ from m1.inference.params import SamplingParams  # noqa: E402
 from m1.model import checkpoint  # noqa: E402
 from m1.model.build import build_model  # noqa: E402
 from m1.model.parallel import initialize  # noqa: E402
-from m1.types import M1Error  # noqa: E402
+from m1.rollout.groups import sample_groups  # noqa: E402
+from m1.types import M1Error, Task  # noqa: E402
 
 NUM_TOKENS = 60
 REQUESTS = [Request(tuple(range(3 + i, 10 + 4 * i)), (i, i + 9)) for i in range(5)]
@@ -62,19 +71,43 @@ def loop_results(model: torch.nn.Module, weights: Path) -> dict:
     return {"tokens": [t for t, _ in found], "last": found[-1][1], "refusal": refusal}
 
 
+def rollout_results(model: torch.nn.Module, tokenizer: Tokenizer) -> dict:
+    """Groups of five tasks, one of which comes twice, and how many tokens this rank sampled."""
+    limits = EngineLimits(num_pages=400, is_invariant=True)
+    engine = LocalEngine(
+        model, stop_token=tokenizer.end, num_tokens=tokenizer.vocab_size, limits=limits
+    )
+    names = ("one", "three", "two", "one", "and")
+    groups = sample_groups(
+        engine,
+        [Task(n, "s", f"{n} and two is", "3", "reasoning_gym:chain_sum") for n in names],
+        tokenizer=tokenizer,
+        group_size=3,
+        sampling=SamplingConfig(max_new_tokens=10),
+        reward=RewardConfig(),
+        seed=4,
+    )
+    assert engine._core is not None
+    return {"groups": [asdict(group) for group in groups], "sampled": engine._core.num_sampled}
+
+
 def work(rank: int, name: str, job: dict) -> None:
     root, parallel = Path(job["root"]), ParallelConfig.model_validate(job["layouts"][name])
     store = f"file://{root}/store-{name}"
     dist.init_process_group("gloo", store, rank=rank, world_size=parallel.world_size)
     initialize(parallel)
     config = ModelConfig.model_validate(job["model"])
-    model = build_model(config, vocab_size=64, seed=1, parallel=parallel).eval()
+    model = build_model(config, vocab_size=320, seed=1, parallel=parallel).eval()
     if name == "one":
         checkpoint.save_weights(root / "weights", model)
     checkpoint.load_weights(root / "weights", model)
-    found = {"engine": engine_results(model), "loop": loop_results(model, root / "weights")}
-    if rank == 0:
-        (root / f"{name}.json").write_text(json.dumps(found))
+    found = {
+        "engine": engine_results(model),
+        # Copies of the model have no first rank to follow.
+        "loop": {} if name == "dp2" else loop_results(model, root / "weights"),
+        "rollouts": rollout_results(model, Tokenizer(root / "tokenizer")),
+    }
+    (root / f"{name}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -129,6 +129,15 @@ def test_padded_ids_are_never_sampled(tiny_model):
     assert {token for c in completions for token in c.tokens} == set(range(5))
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"min_p": 1.0}], ids=str)
+def test_the_recipes_filters_reach_the_sampler(tiny_model, filters):
+    """Each of these leaves the likeliest token only."""
+    engine, requests = make_engine(tiny_model), one_each(PROMPTS[:3])
+    greedy = generate(engine, requests, temperature=0, max_new_tokens=12)
+    filtered = generate(engine, requests, max_new_tokens=12, **filters)
+    assert [c.tokens for c in filtered] == [c.tokens for c in greedy]
+
+
 def test_a_completion_ends_with_its_first_stop_token(tiny_model):
     (free,) = generate(make_engine(tiny_model), [Request(PROMPTS[3], (5,))], max_new_tokens=12)
     stop = free.tokens[9]

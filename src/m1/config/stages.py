@@ -91,7 +91,7 @@ def image_digest() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for root in (package, *_kernel_package()):
-        for path in sorted(root.rglob("*.py")):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in _SOURCE_SUFFIXES):
             relative = path.relative_to(root)
             if root == package and relative.parts[0] in _NOT_COMPUTING:
                 continue
@@ -99,6 +99,7 @@ def image_digest() -> str:
     return f"source:{digest.hexdigest()[:16]}"
 
 
+_SOURCE_SUFFIXES = frozenset({".py", ".c", ".h"})
 _NOT_COMPUTING = frozenset(
     {
         "cli.py",

@@ -182,6 +182,10 @@ class SamplingConfig(Config):
     """Softmax temperature; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass."""
+    top_k: NonNegativeInt = 0
+    """Most likely tokens to choose from; 0 for all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least probability relative to the most likely token's."""
     max_new_tokens: PositiveInt = 64
     """Length limit of a completion."""
 

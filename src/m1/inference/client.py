@@ -152,6 +152,8 @@ class HttpEngine:
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "stop_tokens": [self.stop_token],
             "repetition_num_tokens": self.repetition_stop.num_tokens,
             "repetition_probability": self.repetition_stop.probability,
@@ -242,6 +244,7 @@ class OpenAiEngine:
             "max_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            **_filters(sampling),
             "seed": seed >> 1,  # signed 64-bit there
             "logprobs": 0,
             "stop_token_ids": [self.stop_token],
@@ -264,6 +267,12 @@ class OpenAiEngine:
             finish_reason=choice["finish_reason"],
             policy_versions=(self.policy_version,) * len(tokens),
         )
+
+
+def _filters(sampling: SamplingConfig) -> dict[str, float]:
+    """What OpenAI's interface lacks, where it is asked for: many servers refuse unknown fields."""
+    found = {"top_k": sampling.top_k, "min_p": sampling.min_p}
+    return {name: value for name, value in found.items() if value}
 
 
 def _ids(names: Sequence[str], url: str) -> list[int]:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from m1.inference.batching import Batcher, Rows
 from m1.inference.cache import Cache
 from m1.inference.graphs import DecodeGraphs
+from m1.inference.host import HostDecoder
 from m1.inference.invariant import invariant_linear
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams, TokenOutput
 from m1.inference.runner import ModelRunner
-from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample
+from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample, sample_on_host
 from m1.inference.scheduler import Scheduler
 from m1.inference.sequences import Prefill, Sequence
 from m1.inference.steps import Chunk, Step
@@ -65,6 +66,8 @@ class EngineCore:
         )
         is_graphed = self.limits.cuda_graphs and self.cache.keys.is_cuda
         self._graphs = DecodeGraphs(self.runner, self.cache) if is_graphed else None
+        is_hosted = self.limits.host_kernel and HostDecoder.serves(self.runner.parameters)
+        self._host = HostDecoder(self.runner, self.cache) if is_hosted else None
         self.scheduler = Scheduler(
             self.cache,
             # What is computed anew differs in its last bits.
@@ -160,6 +163,8 @@ class EngineCore:
                 not, they go on from those of the old ones.
         """
         self.runner.refresh()
+        if self._host is not None:
+            self._host.refresh()
         self.policy_version = version
         self.scheduler.prefixes.clear()
         if recompute:
@@ -192,6 +197,8 @@ class EngineCore:
         return self._record(members, chosen, began)
 
     def _compute(self, step: Step) -> torch.Tensor:
+        if self._host is not None:
+            return self._host(step)
         if self._graphs is not None:
             logits = self._graphs(step)
             if logits is not None:
@@ -204,10 +211,8 @@ class EngineCore:
             prefill.done += chunk.count
             self.num_prefilled += chunk.count
             if prefill.done == len(prefill.tokens):
-                prefill.logits, prefill.version = (
-                    logits[finished : finished + 1],
-                    self.policy_version,
-                )
+                prefill.logits = logits[finished : finished + 1]
+                prefill.version = self.policy_version
                 finished += 1
                 self.scheduler.prefixes.keep(prefill.tokens, prefill.slot, prefill.pages)
 
@@ -235,7 +240,10 @@ class EngineCore:
             params = RowParams.of([member.params for member in members], logits.device)
         drawn = torch.tensor([member.random.next() for member in members], dtype=torch.float64)
         uniform = drawn.to(logits.device, non_blocking=True)
-        chosen = sample(logits, uniform, params, num_tokens=self.num_tokens)
+        # In invariant mode what others ask for must not choose the arithmetic.
+        is_hosted = self._host is not None and params.is_plain and not self.limits.is_invariant
+        choose = sample_on_host if is_hosted else sample
+        chosen = choose(logits, uniform, params, num_tokens=self.num_tokens)
         if rows:
             rows.tokens = chosen.tokens[: rows.decode.count]
         return chosen
@@ -248,7 +256,7 @@ class EngineCore:
         # One transfer; float64 holds ids and float32 exactly.
         tokens, logprobs, sampling, entropies = torch.stack([x.double() for x in columns]).tolist()
         version = self.policy_version
-        tops = _top_lists(chosen)
+        tops = chosen.top_lists()
         finished = []
         num_decoding = len(members) - len(began)
         for row, sequence in enumerate(members):
@@ -275,13 +283,6 @@ class EngineCore:
         if self.scheduler.prefixes.capacity and sequence.slot >= 0:
             known = sequence.prompt + tuple(sequence.tokens[:-1])
             self.scheduler.prefixes.keep(known, sequence.slot, sequence.pages)
-
-
-def _top_lists(chosen: SampledTokens) -> list[tuple[tuple[int, float], ...]]:
-    if chosen.top_tokens is None or chosen.top_logprobs is None:
-        return []
-    pairs = zip(chosen.top_tokens.tolist(), chosen.top_logprobs.tolist(), strict=True)
-    return [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
 
 
 def _output(sequence: Sequence, top: tuple[tuple[int, float], ...]) -> TokenOutput:

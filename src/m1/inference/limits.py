@@ -23,6 +23,8 @@ class EngineLimits:
     """States kept for prompts that go on from earlier turns; 0 for none."""
     cuda_graphs: bool = True
     """Whether decoding on a GPU is replayed from graphs."""
+    host_kernel: bool = True
+    """Whether decoding on a CPU is compiled, where that is possible (`m1.inference.host`)."""
     is_invariant: bool = False
     """Whether a request's bits must not depend on what else is in the batch."""
 

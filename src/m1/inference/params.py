@@ -72,6 +72,8 @@ class SamplingParams:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
             stop_tokens=(stop_token,),
             repetition=repetition or RepetitionStopConfig(),
         )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from m1.inference.params import SamplingParams
+from m1_kernels.host_decode import draw
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class SampledTokens:
     top_logprobs: torch.Tensor | None = None
     """float32 [B, n], before temperature and filters."""
 
+    def top_lists(self) -> list[tuple[tuple[int, float], ...]]:
+        """Of each row the likeliest ids with their log-probabilities; none where nobody asked."""
+        if self.top_tokens is None or self.top_logprobs is None:
+            return []
+        pairs = zip(self.top_tokens.tolist(), self.top_logprobs.tolist(), strict=True)
+        return [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
+
 
 @dataclass(frozen=True)
 class RowParams:
@@ -45,6 +53,17 @@ class RowParams:
     min_p: torch.Tensor | None
     """float32 [B, 1]."""
     top_logprobs: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperatures are all that rows ask for."""
+        filters = (self.top_p, self.top_k, self.min_p)
+        return not self.top_logprobs and all(column is None for column in filters)
+
+    def temperatures(self, count: int) -> torch.Tensor:
+        """float32 [B], 0 where greedy."""
+        found = torch.ones(count) if self.temperature is None else self.temperature.squeeze(1)
+        return found if self.greedy is None else found.masked_fill(self.greedy, 0.0)
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], device: torch.device | str = "cpu") -> "RowParams":
@@ -106,10 +125,11 @@ def sample(
     likely = logprobs.exp()
     entropies = -(likely * logprobs).sum(-1)
     real = logits[:, :num_tokens]
+    weights = likely[:, :num_tokens]
     if params.temperature is not None:
-        weights = torch.softmax(real / params.temperature, dim=-1)
-    else:
-        weights = likely[:, :num_tokens]
+        warm = torch.softmax(real / params.temperature, dim=-1)
+        # A row's bits must not depend on the temperatures of others.
+        weights = torch.where(params.temperature == 1, weights, warm)
     weights = _filtered(weights, params)
     cumulative = weights.double().cumsum(-1)
     tokens = _invert(cumulative, uniform)
@@ -129,6 +149,14 @@ def sample(
     )
 
 
+def sample_on_host(
+    logits: torch.Tensor, uniform: torch.Tensor, params: RowParams, *, num_tokens: int
+) -> SampledTokens:
+    """`sample` in one compiled function, for rows that are plain, on a CPU."""
+    temperatures = params.temperatures(logits.shape[0])
+    return SampledTokens(*draw(logits, uniform, temperatures, num_tokens=num_tokens))
+
+
 def _filtered(weights: torch.Tensor, params: RowParams) -> torch.Tensor:
     """Zero what top_k, top_p and min_p leave out."""
     if params.top_k is None and params.top_p is None and params.min_p is None:
@@ -137,7 +165,8 @@ def _filtered(weights: torch.Tensor, params: RowParams) -> torch.Tensor:
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if params.top_p is not None:
         before = ordered.cumsum(-1) - ordered
-        kept &= before < params.top_p * ordered.sum(-1, keepdim=True)
+        within = before < params.top_p * ordered.sum(-1, keepdim=True)
+        kept &= within | (params.top_p == 1)  # which rounding must not cut
     if params.top_k is not None:
         kept &= torch.arange(ordered.shape[1], device=ordered.device) < params.top_k
     if params.min_p is not None:

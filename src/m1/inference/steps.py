@@ -72,3 +72,14 @@ class Step:
     chunks: list[Chunk] = field(default_factory=list)
     logits_of: torch.Tensor | None = None
     """int64 [R], tokens after which the next is wanted; None for all."""
+
+    def without_rows(self) -> "Step":
+        """The chunks alone."""
+        count = self.decode.count if self.decode else 0
+        return Step(
+            tokens=self.tokens[count:],
+            positions=self.positions[count:],
+            places=self.places[count:],
+            chunks=self.chunks,
+            logits_of=None if self.logits_of is None else self.logits_of[count:] - count,
+        )

@@ -10,6 +10,7 @@ from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import Engine, Request
 from m1.rewards.rules import reward_of, score
 from m1.rewards.service.pool import RewardService
+from m1.rollout.sharing import shared
 from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
 
 
@@ -28,21 +29,27 @@ def sample_groups(
 
     With a service all verdicts come from its workers, whatever the verifier; without one they are
     made here, which `m1.rewards.rules.score` limits to safe verifiers. The random stream of a
-    completion depends on `seed`, the task and its number in the group alone.
+    completion depends on `seed`, the task and its number in the group alone. Over several ranks
+    each copy of the model samples and scores its share of the tasks, and all ranks get all groups.
     """
-    requests = []
     drawn: Counter[str] = Counter()
+    jobs = []
     for task in tasks:
         first = drawn[task.task_id] * group_size  # a task that comes twice is sampled anew
         drawn[task.task_id] += 1
         seeds = tuple(completion_seed(seed, task, first + i) for i in range(group_size))
-        requests.append(Request(tuple(render_prompt(tokenizer, task.prompt)), seeds))
-    completions = engine.generate(requests, sampling)
-    rewards = iter(_rewards(tasks, completions, tokenizer, reward, service))
-    return [
-        RolloutGroup(task=task, rollouts=tuple(Rollout(task, c, next(rewards)) for c in group))
-        for task, group in zip(tasks, completions, strict=True)
-    ]
+        jobs.append((task, Request(tuple(render_prompt(tokenizer, task.prompt)), seeds)))
+
+    def make(share: Sequence[tuple[Task, Request]]) -> list[RolloutGroup]:
+        own = [task for task, _ in share]
+        completions = engine.generate([request for _, request in share], sampling)
+        rewards = iter(_rewards(own, completions, tokenizer, reward, service))
+        return [
+            RolloutGroup(task=task, rollouts=tuple(Rollout(task, c, next(rewards)) for c in group))
+            for task, group in zip(own, completions, strict=True)
+        ]
+
+    return shared(jobs, make)
 
 
 def _rewards(

@@ -13,6 +13,7 @@ from m1.config.schema import (
     PretrainConfig,
     Recipe,
     RlConfig,
+    SamplingConfig,
     SourceConfig,
 )
 
@@ -280,3 +281,15 @@ def test_defaults_are_the_papers_reinforcement_learning_figures() -> None:
     assert rl.loss.clip_eps_low is None
     sampling = EvaluateConfig.model_validate(EVALUATE).sampling
     assert (sampling.temperature, sampling.top_p) == (1.0, 0.95)
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": -1}, {"min_p": 1.5}, {"min_p": -0.1}], ids=str)
+def test_sampling_filters_out_of_range_are_refused_by_name(wrong) -> None:
+    (name,) = wrong
+    with pytest.raises(ValidationError, match=name):
+        SamplingConfig.model_validate(wrong)
+
+
+def test_sampling_filters_are_off_unless_given() -> None:
+    sampling = RlConfig.model_validate(RL).sampling
+    assert (sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 0, 0.0)
