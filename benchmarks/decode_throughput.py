@@ -228,6 +228,7 @@ def main() -> None:
                 best = max(rounds, key=lambda found: found.get("tokens_per_second", 0))
                 results[name][f"{batch}x{context}"] = best
                 print(name, batch, context, best, flush=True)
+                write(options.json, {"results": results})
         if name == "engine":
             longest = min(8192, config.max_position - 64, vocab - 2)
             results["shared_prompt"] = attempt(
@@ -253,6 +254,7 @@ def main() -> None:
                     best = max((s for s in speeds if isinstance(s, float)), default=speeds[0])
                     results["transformers"][f"{batch}x{context}"] = best
                     print("transformers", batch, context, best, flush=True)
+                    write(options.json, {"results": results})
         del model
         gc.collect()
     write(options.json, {"results": results})

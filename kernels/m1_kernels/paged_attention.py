@@ -29,7 +29,8 @@ def paged_attention_decode(
         q: [B, H, D].
         keys: [P, G, KV, D], contiguous.
         values: [P, G, KV, D], contiguous.
-        pages: int64 [B, n], a sequence's pages in order; -1 is the last page, P - 1.
+        pages: int64 [B, n], a sequence's pages in order, rows of any stride; -1 is the last page,
+            P - 1.
         lengths: int64 [B], at least 1.
 
     Returns:
@@ -43,14 +44,15 @@ def paged_attention_decode(
     if dim < 16 or dim & (dim - 1):
         raise ValueError(f"head dim is {dim}, but must be a power of two of at least 16")
     num_splits = triton.cdiv(pages.shape[1] * page_size, SPLIT)
-    q = q.contiguous()
+    q, lengths = q.contiguous(), lengths.contiguous()
+    pages = pages if pages.stride(1) == 1 else pages.contiguous()
     partial = torch.empty(batch, heads, num_splits, dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(batch, heads, num_splits, dtype=torch.float32, device=q.device)
     out = torch.empty_like(q)
     group = heads // groups
     _split_kernel[(batch, groups, num_splits)](
         q, keys, values, pages, lengths, partial, sums, dim**-0.5,
-        pages.shape[1], num_pages, num_splits,
+        pages.stride(0), num_pages, num_splits,
         HEADS=heads, GROUPS=groups, DIM=dim, PAGE=page_size, GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)), BLOCK=_BLOCK, LENGTH=SPLIT,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -64,7 +66,7 @@ def paged_attention_decode(
 @triton.jit
 def _split_kernel(
     q, keys, values, pages, lengths, partial, sums, scale,
-    row_pages, num_pages, num_splits,
+    row_stride, num_pages, num_splits,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -85,7 +87,7 @@ def _split_kernel(
         for first in range(start, end, BLOCK):
             token = first + tl.arange(0, BLOCK)
             is_token = token < end
-            page = tl.load(pages + row * row_pages + token // PAGE, mask=is_token, other=0)
+            page = tl.load(pages + row * row_stride + token // PAGE, mask=is_token, other=0)
             page = tl.where(page < 0, num_pages - 1, page).to(tl.int64)
             place = ((page * PAGE + token % PAGE) * GROUPS + group) * DIM
             where = place[:, None] + dims[None, :]

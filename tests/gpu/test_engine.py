@@ -63,18 +63,17 @@ def test_sampled_probabilities_are_the_trainers(trainer):
     assert torch.corrcoef(torch.stack((inference, training)))[0, 1] > 0.9995
 
 
-def test_graphs_give_the_tokens_of_eager_steps(trainer):
-    graphed, core = run(trainer.model)
+def test_graphs_give_the_bits_of_eager_steps(trainer):
+    graphed, core = run(trainer.model, is_invariant=True)
     assert core._graphs is not None and core._graphs._graphs
-    eager, _ = run(trainer.model, cuda_graphs=False)
-    same = [a.tokens == b.tokens for a, b in zip(graphed, eager, strict=True)]
-    # Padding changes the shapes of products, and with them last bits: a near tie may flip.
-    assert sum(same) >= len(same) - 2
+    eager, _ = run(trainer.model, is_invariant=True, cuda_graphs=False)
+    assert [s.tokens for s in graphed] == [s.tokens for s in eager]
+    assert [s.logprobs for s in graphed] == [s.logprobs for s in eager]
 
 
 def test_preempted_sequences_come_back_with_their_states(trainer):
     calm, _ = run(trainer.model, is_invariant=True)
-    pressed, core = run(trainer.model, is_invariant=True, num_pages=120, num_slots=10)
+    pressed, core = run(trainer.model, is_invariant=True, num_pages=40, num_slots=8)
     assert core.scheduler.num_preemptions > 0
     assert [s.tokens for s in pressed] == [s.tokens for s in calm]
 

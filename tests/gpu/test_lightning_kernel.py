@@ -217,6 +217,18 @@ def test_prefill_copies_and_steps_continue_a_sequence_inside_a_cuda_graph(num_to
     assert torch.equal(states[3:], before[3:])
 
 
+def test_a_row_steps_bitwise_alike_alone_and_in_a_batch_when_batch_invariant():
+    slopes = lightning_slopes(4, layer_index=1, num_layers=8).cuda()
+    states = draw(64, 4, 128, 128, seed=0)
+    q, k, v = draw(3, 64, 4, 128, seed=1, dtype=torch.bfloat16).unbind(0)
+    before = states.clone()
+    packed = lightning_attention_step(q, k, v, slopes, states, batch_invariant=True)
+    row = [x[7:8] for x in (q, k, v)]
+    alone = lightning_attention_step(*row, slopes, before[7:8], batch_invariant=True)
+    assert torch.equal(packed[7:8], alone)
+    assert torch.equal(states[7], before[7])
+
+
 def test_a_captured_graph_follows_new_bounds():
     slopes = lightning_slopes(8, layer_index=3, num_layers=80).cuda()
     q, k, v = (draw(6000, 8, 128, seed=n, dtype=torch.bfloat16) for n in range(3))

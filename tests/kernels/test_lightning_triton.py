@@ -186,6 +186,7 @@ def test_steps_update_their_slots_and_no_others(monkeypatch, num_tokens, many_ro
 
 
 CU_SEQLENS, SLOPE = bounds([2, 3]), torch.tensor([0.5], device=DEVICE)
+SLOTS = torch.tensor([1, -1], device=DEVICE)
 OPERANDS = {
     "lightning_attention": lambda x, state, d: (x, x, x, SLOPE, CU_SEQLENS, state, True, False),
     "lightning_attention_backward": lambda x, state, d: (
@@ -198,7 +199,7 @@ OPERANDS = {
         *(torch.stack((x, x, x), 2).detach(),) * 2, SLOPE, CU_SEQLENS, None, d, False,
     ),
     "lightning_attention_prefill": lambda x, state, d: (
-        *(x.detach(),) * 3, SLOPE, CU_SEQLENS, state.detach(), CU_SEQLENS[1:] % 3 - 1, None, False,
+        *(x.detach(),) * 3, SLOPE, CU_SEQLENS, state.detach(), SLOTS, None, False,
     ),
     "lightning_attention_step": lambda x, state, d: (
         *(x.detach()[:2, None],) * 3, SLOPE, state.detach(), None, True,

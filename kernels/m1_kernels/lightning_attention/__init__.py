@@ -3,7 +3,8 @@
 Packed sequences throughout: q, k, v are [T, H, D] and `cu_seqlens` marks the sequence bounds.
 """
 
-from m1_kernels.lightning_attention.context import AllGather, lightning_attention_context
+from m1_kernels.lightning_attention.collectives import AllGather
+from m1_kernels.lightning_attention.context import lightning_attention_context
 from m1_kernels.lightning_attention.dispatch import (
     copy_state,
     gated_norm,

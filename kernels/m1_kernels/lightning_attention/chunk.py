@@ -190,12 +190,15 @@ def attend(
     initial: torch.Tensor | None = None,
     final: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    local: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """Write outputs and final states; returns the states that enter the segments, if cut."""
+    """Write outputs and final states; returns the states that enter the segments, if cut.
+
+    `local` [M, H, D, E] spares a cut walk its segments' states where `local_states` made them.
+    """
     entering = initial
     if forward.plan.is_cut:
-        local = _states(forward, k, v)
-        forward.run(None, k, v, end=local)
+        local = segment_states(forward, k, v) if local is None else local
         entering = forward.scan(local, initial, last=final, slots=slots)
         final = slots = None
     forward.run(q, k, v, out=out, state=entering, end=final, slots=slots)
@@ -213,6 +216,7 @@ def gradients(
     d_final: torch.Tensor | None,
     into: tuple[torch.Tensor, ...],
     d_initial: torch.Tensor | None = None,
+    local: torch.Tensor | None = None,
 ) -> None:
     """Write dq, dk and dv [T, H, *] into `into`, and the initial state's gradient.
 
@@ -226,6 +230,7 @@ def gradients(
         d_final: float32 [N, H, D, E], or None for zeros.
         into: dq, dk, dv.
         d_initial: float32 [N, H, D, E], written, or None.
+        local: As in `attend`, of the backward walk over q and d_out.
     """
     dq, dk, dv = into
     slopes, cu_seqlens, plan = forward.slopes, forward.cu_seqlens, forward.plan
@@ -234,8 +239,7 @@ def gradients(
     reverse = Walk(slopes, cu_seqlens, plan, backwards=True)
     adjoint = d_final
     if plan.is_cut:
-        local = _states(reverse, q, d_out)
-        reverse.run(None, q, d_out, end=local)
+        local = segment_states(reverse, q, d_out) if local is None else local
         adjoint = reverse.scan(local, d_final, last=d_initial)
         d_initial = None
     reverse.run(k, q, d_out, out=dv, state=adjoint, end=d_initial)
@@ -243,7 +247,30 @@ def gradients(
     swapped.run(v, d_out, q, out=dk, state=adjoint)
 
 
-def _states(walk: Walk, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Memory for the state of every segment; unused numbers stay unwritten and unread."""
+def local_states(
+    walk: Walk, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States float32 [N, H, D, E] after sequences that start from zeros; adjoints, backwards.
+
+    Args:
+        walk: Forward, or backward with q for k and d_out for v.
+        k: [T, H, D].
+        v: [T, H, E].
+
+    Returns:
+        The states, and those of the segments alone [M, H, D, E] if the walk is cut.
+    """
+    if not walk.plan.is_cut:
+        return segment_states(walk, k, v), None
+    local = segment_states(walk, k, v)
+    final = local.new_empty((walk.plan.num_sequences, *local.shape[1:]))
+    walk.scan(local, None, last=final)
+    return final, local
+
+
+def segment_states(walk: Walk, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The state [M, H, D, E] of every segment alone; unused numbers stay unwritten and unread."""
     shape = (walk.plan.num_segments, k.shape[1], k.shape[-1], v.shape[-1])
-    return torch.empty(shape, dtype=torch.float32, device=k.device)
+    states = torch.empty(shape, dtype=torch.float32, device=k.device)
+    walk.run(None, k, v, end=states)
+    return states

@@ -6,12 +6,15 @@ Shapes: T tokens, N sequences, B rows of a batch, H heads, D key dims, E value d
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from m1_kernels.lightning_attention import checks, reference
+from m1_kernels.lightning_attention.collectives import SumOverRanks, add_over_ranks
 
 
 def lightning_attention(
@@ -46,13 +49,13 @@ def lightning_attention(
         ImportError: The tensors are on a GPU and Triton is not installed.
         ValueError: An argument has a shape, dtype or device that cannot work.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_inputs(q, k, v)
     checks.check_heads(q, k, v, slopes)
     checks.check_bounds(cu_seqlens, q.shape[0], q.device)
     _check_initial(initial_state, k, v, cu_seqlens)
     if q.is_cuda:
         state = None if initial_state is None else initial_state.contiguous()
-        out, final, _ = _triton().attention(
+        out, final, _ = triton_kernels().attention(
             q, k, v, slopes, cu_seqlens, state, output_final_state, batch_invariant
         )
         return out, final if output_final_state else None
@@ -84,11 +87,13 @@ def lightning_attention_qkv(
         ImportError: The tensors are on a GPU and Triton is not installed.
         ValueError: An argument has a shape, dtype or device that cannot work.
     """
-    (qkv,) = _autocast(qkv)
+    (qkv,) = cast_inputs(qkv)
     checks.check_qkv(qkv, slopes)
     checks.check_bounds(cu_seqlens, qkv.shape[0], qkv.device)
     if qkv.is_cuda:
-        out: torch.Tensor = _triton().attention_qkv(qkv, slopes, cu_seqlens, batch_invariant)[0]
+        out: torch.Tensor = triton_kernels().attention_qkv(
+            qkv, slopes, cu_seqlens, batch_invariant
+        )[0]
         return out
     q, k, v = F.silu(qkv).unbind(2)
     return _chunked(batch_invariant)(q, k, v, slopes, cu_seqlens)
@@ -133,7 +138,7 @@ def lightning_attention_prefill(
     checks.check_table(states, slots, cu_seqlens.shape[0] - 1, shape, q.device)
     if q.is_cuda:
         state = None if initial_state is None else initial_state.contiguous()
-        return _triton().attention_prefill(  # type: ignore[no-any-return]
+        return triton_kernels().attention_prefill(  # type: ignore[no-any-return]
             q, k, v, slopes, cu_seqlens, states, slots, state, batch_invariant
         )
     final = reference.final_states(k, v, slopes, cu_seqlens, initial_state)
@@ -184,7 +189,7 @@ def lightning_attention_step(
     checks.check_table(states, slots, q.shape[0], (*k.shape[2:], v.shape[-1]), q.device)
     if q.is_cuda:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        return _triton().attention_step(  # type: ignore[no-any-return]
+        return triton_kernels().attention_step(  # type: ignore[no-any-return]
             q, k, v, slopes, states, slots, silu, batch_invariant
         )
     if silu:
@@ -205,7 +210,12 @@ def copy_state(states: torch.Tensor, source: torch.Tensor, targets: torch.Tensor
 
 
 def gated_norm(
-    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """sigmoid(gate) * RMSNorm(x) * weight over the last dimension.
 
@@ -214,13 +224,23 @@ def gated_norm(
         gate: [T, W].
         weight: [W].
         eps: Added to the mean square.
+        group: Ranks that hold W columns each of every row; the mean is over all their columns.
 
     Returns:
         [T, W] in x's dtype.
     """
+    num_ranks = 1 if group is None else group.size()
     if x.is_cuda:
-        return _triton().GatedNormFunction.apply(x, gate, weight, eps)  # type: ignore[no-any-return]
-    return torch.sigmoid(gate) * F.rms_norm(x, x.shape[-1:], weight, eps)
+        add = partial(add_over_ranks, group=group) if group and num_ranks > 1 else None
+        return triton_kernels().GatedNormFunction.apply(  # type: ignore[no-any-return]
+            x, gate, weight, eps, num_ranks, add
+        )
+    if num_ranks == 1:
+        return torch.sigmoid(gate) * F.rms_norm(x, x.shape[-1:], weight, eps)
+    squares = x.float().square().sum(-1, keepdim=True)
+    total = SumOverRanks.apply(squares, group)  # type: ignore[no-untyped-call]
+    root = torch.rsqrt(total / (x.shape[-1] * num_ranks) + eps)
+    return torch.sigmoid(gate) * ((x.float() * root).to(x.dtype) * weight)
 
 
 def _chunked(batch_invariant: bool) -> Callable[..., torch.Tensor]:
@@ -235,7 +255,8 @@ def _check_initial(
         checks.check_state("initial_state", state, shape, k.device)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def cast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast float32 tensors in its type."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -243,7 +264,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
 
 
-def _triton() -> Any:
+def triton_kernels() -> Any:
+    """The Triton implementations.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
     try:
         from m1_kernels.lightning_attention import on_gpu
     except ImportError as error:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from m1_kernels.lightning_attention.chunk import Plan, Walk, attend, gradients, plan, tile
 
 
-def _walk(
+def make_walk(
     k: torch.Tensor, width: int, slopes: torch.Tensor, cu_seqlens: torch.Tensor, invariant: bool
 ) -> Walk:
+    """The forward walk over k [T, H, D] and values of so many dims."""
     return Walk(slopes, cu_seqlens, _plan(k, width, cu_seqlens, invariant))
 
 
@@ -27,7 +28,7 @@ def _plan(k: torch.Tensor, width: int, cu_seqlens: torch.Tensor, invariant: bool
     return plan(num_tokens, num_sequences, num_heads * slices, batch_invariant=invariant)
 
 
-def _readable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def readable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors whose last dimension is dense, as the kernels read them."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
@@ -44,8 +45,8 @@ def attention(
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Outputs [T, H, E], final states [N, H, D, E] or empty, and segments' states or empty."""
-    q, k, v = _readable(q, k, v)
-    walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
+    q, k, v = readable(q, k, v)
+    walk = make_walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     out = q.new_empty(v.shape)
     final = slopes.new_empty(_final_shape(k, v, cu_seqlens)) if with_final_state else None
     entering = attend(q, k, v, walk, out=out, initial=initial_state, final=final)
@@ -91,8 +92,8 @@ def attention_backward(
     batch_invariant: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and, or empty, of the initial state."""
-    q, k, v, d_out = _readable(q, k, v, d_out)
-    walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
+    q, k, v, d_out = readable(q, k, v, d_out)
+    walk = make_walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_initial = slopes.new_empty(_final_shape(k, v, cu_seqlens)) if with_d_initial else None
     gradients(
@@ -154,7 +155,7 @@ def attention_qkv(
     """
     activated = F.silu(qkv.contiguous())
     q, k, v = activated.unbind(2)
-    walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
+    walk = make_walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     out = qkv.new_empty(v.shape)
     entering = attend(q, k, v, walk, out=out)
     return out, activated, slopes.new_empty(0) if entering is None else entering
@@ -183,9 +184,9 @@ def attention_qkv_backward(
     batch_invariant: bool,
 ) -> torch.Tensor:
     """Gradient [T, H, 3, D] of the fused projection."""
-    qkv, (d_out,) = qkv.contiguous(), _readable(d_out)
+    qkv, (d_out,) = qkv.contiguous(), readable(d_out)
     q, k, v = activated.unbind(2)
-    walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
+    walk = make_walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     d_qkv = qkv.new_empty(qkv.shape)
     gradients(
         q, k, v, walk, entering=entering, d_out=d_out, d_final=None, into=d_qkv.unbind(2)
@@ -243,8 +244,8 @@ def attention_prefill(
     batch_invariant: bool,
 ) -> torch.Tensor:
     """Outputs [T, H, E]; the sequences' final states go into rows `slots` of a table."""
-    q, k, v = _readable(q, k, v)
-    walk = _walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
+    q, k, v = readable(q, k, v)
+    walk = make_walk(k, v.shape[-1], slopes, cu_seqlens, batch_invariant)
     out = q.new_empty(v.shape)
     attend(q, k, v, walk, out=out, initial=initial_state, final=states, slots=slots)
     return out

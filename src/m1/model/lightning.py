@@ -144,13 +144,8 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
     def _gated_norm(self, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         x, gate = out.flatten(1), gate.flatten(1)
         eps = self.config.lightning_norm_epsilon
-        if self.tp_group.size() == 1:
-            return gated_norm(x, gate, self.norm_weight, eps).unsqueeze(1)
-        square_sum = x.float().square().sum(-1, keepdim=True)
-        total = _SumOverRanks.apply(square_sum, self.tp_group)  # type: ignore[no-untyped-call]
-        mean = total / (x.shape[-1] * self.tp_group.size())
-        normed = (x.float() * torch.rsqrt(mean + eps)).to(x.dtype) * self.norm_weight
-        return (torch.sigmoid(gate) * normed).unsqueeze(1)
+        normed = gated_norm(x, gate, self.norm_weight, eps, group=self.tp_group)
+        return normed.unsqueeze(1)
 
     def sharded_state_dict(
         self,
@@ -173,20 +168,3 @@ class LightningAttention(MegatronModule):  # type: ignore[misc]
                 child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
             )
         return sharded  # type: ignore[no-any-return]
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is summed too: each rank's output depends on all square sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
-        x = x.clone()
-        torch.distributed.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad = grads[0].clone()
-        torch.distributed.all_reduce(grad, group=ctx.group)
-        return grad, None
