@@ -13,6 +13,7 @@ alone, and the cache's memory against `m1 plan`; on a CPU sampling as RL does it
 
 import argparse
 import gc
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -50,6 +51,13 @@ MODEL = ModelConfig(
 )
 VOCAB = 32_768
 PAGE = {"cuda": 64, "cpu": 16}
+
+_USES_PROCESSOR_TIME = False
+
+
+def clock() -> float:
+    """Seconds; of this process alone where `--processor-time` asks for it."""
+    return time.process_time() if _USES_PROCESSOR_TIME else time.perf_counter()
 
 
 def synchronize() -> None:
@@ -102,12 +110,12 @@ def decode(
     for _ in range(warm):
         core.step()
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     steps = case["new"] - warm - 2
     for _ in range(steps):
         core.step()
     synchronize()
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     length = core.limits.num_tokens // case["batch"]
     planned = decoding_bytes(config, list(config.layer_kinds), Decoding(case["batch"], length))
     return {
@@ -127,11 +135,11 @@ def shared_prompt(model: torch.nn.Module, vocab: int, *, context: int) -> dict[s
             tuple(range(1, context + 1)), SamplingParams(max_new_tokens=1), tuple(range(count))
         )
         synchronize()
-        started = time.perf_counter()
+        started = clock()
         while not core.is_idle:
             core.step()
         synchronize()
-        found[f"seconds_{count}"] = time.perf_counter() - started
+        found[f"seconds_{count}"] = clock() - started
         found[f"prefilled_tokens_{count}"] = core.num_prefilled
     return found
 
@@ -148,9 +156,9 @@ def groups_speed(model: torch.nn.Module, vocab: int, *, host_kernel: bool) -> fl
     sampling = SamplingConfig(max_new_tokens=32)
     seconds = []
     for _ in range(4):  # the first warms up
-        started = time.perf_counter()
+        started = clock()
         groups = local.generate(requests, sampling)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return sum(len(c.tokens) for group in groups for c in group) / min(seconds[1:])
 
 
@@ -165,7 +173,7 @@ def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> f
     with torch.no_grad():
         for count in (2, 2, new):
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -177,16 +185,24 @@ def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> f
                 max_new_tokens=count,
             )
             synchronize()
-            seconds[count] = time.perf_counter() - started
+            seconds[count] = clock() - started
     return batch * (new - 2) / (seconds[new] - seconds[2])
 
 
-def attempt(call: Any) -> Any:
+def attempt(call: Any, *, seconds: int = 0) -> Any:
+    """What a case returns, or why it could not; 0 seconds is no limit."""
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(seconds)
     try:
         return call()
-    except torch.cuda.OutOfMemoryError as error:
+    except (torch.cuda.OutOfMemoryError, TimeoutError) as error:
         return {"error": str(error).partition(".")[0]}
     finally:
+        signal.alarm(0)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -207,8 +223,14 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="Best of, on machines with neighbours."
     )
-    parser.add_argument("--skip", nargs="*", default=[], choices=["transformers", "twin"])
+    parser.add_argument(
+        "--processor-time", action="store_true", help="Of one thread, on a CPU with neighbours."
+    )
+    parser.add_argument("--case-seconds", type=int, default=0, help="Limit of a case; 0 for none.")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["engine", "transformers", "twin"])
     options = parser.parse_args()
+    global _USES_PROCESSOR_TIME
+    _USES_PROCESSOR_TIME = options.processor_time
     cpu.without_compilation()
     initialize()
     config, vocab = (load_recipe([LAPTOP]).model, 1024) if options.laptop else (MODEL, VOCAB)
@@ -222,7 +244,10 @@ def main() -> None:
             for context in options.contexts:
                 case = {"batch": batch, "context": context, "new": options.new}
                 rounds = [
-                    attempt(lambda m=model, c=own, k=case: decode(m, c, vocab, k))
+                    attempt(
+                        lambda m=model, c=own, k=case: decode(m, c, vocab, k),
+                        seconds=options.case_seconds,
+                    )
                     for _ in range(options.rounds)
                 ]
                 best = max(rounds, key=lambda found: found.get("tokens_per_second", 0))
@@ -232,7 +257,8 @@ def main() -> None:
         if name == "engine":
             longest = min(8192, config.max_position - 64, vocab - 2)
             results["shared_prompt"] = attempt(
-                lambda m=model, n=longest: shared_prompt(m, vocab, context=n)
+                lambda m=model, n=longest: shared_prompt(m, vocab, context=n),
+                seconds=options.case_seconds,
             )
             print("shared prompt", results["shared_prompt"], flush=True)
             if options.laptop:
@@ -248,7 +274,10 @@ def main() -> None:
                     context = min(options.peer_context, min(options.contexts))
                     case = {"batch": batch, "context": context, "new": options.new}
                     speeds = [
-                        attempt(lambda k=case: transformers_speed(Path(folder), **k))
+                        attempt(
+                            lambda k=case: transformers_speed(Path(folder), **k),
+                            seconds=options.case_seconds,
+                        )
                         for _ in range(options.rounds)
                     ]
                     best = max((s for s in speeds if isinstance(s, float)), default=speeds[0])
@@ -257,7 +286,7 @@ def main() -> None:
                     write(options.json, {"results": results})
         del model
         gc.collect()
-    write(options.json, {"results": results})
+    write(options.json, {"processor_time": options.processor_time, "results": results})
 
 
 if __name__ == "__main__":
