@@ -13,14 +13,14 @@ alone, and the cache's memory against `m1 plan`; on a CPU sampling as RL does it
 
 import argparse
 import gc
-import signal
+import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cases import attempt, clock, synchronize, use_processor_time
 from benchmarks.machine import write
 from m1.config.loading import load_recipe
 from m1.config.schema import ModelConfig, MoeConfig, SamplingConfig
@@ -51,18 +51,6 @@ MODEL = ModelConfig(
 )
 VOCAB = 32_768
 PAGE = {"cuda": 64, "cpu": 16}
-
-_USES_PROCESSOR_TIME = False
-
-
-def clock() -> float:
-    """Seconds; of this process alone where `--processor-time` asks for it."""
-    return time.process_time() if _USES_PROCESSOR_TIME else time.perf_counter()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def engine(model: torch.nn.Module, vocab: int, *, batch: int, context: int, new: int) -> EngineCore:
@@ -189,23 +177,20 @@ def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> f
     return batch * (new - 2) / (seconds[new] - seconds[2])
 
 
-def attempt(call: Any, *, seconds: int = 0) -> Any:
-    """What a case returns, or why it could not; 0 seconds is no limit."""
-
-    def interrupt(*_: Any) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    signal.signal(signal.SIGALRM, interrupt)
-    signal.alarm(seconds)
-    try:
-        return call()
-    except (torch.cuda.OutOfMemoryError, TimeoutError) as error:
-        return {"error": str(error).partition(".")[0]}
-    finally:
-        signal.alarm(0)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def beside(
+    model: torch.nn.Module, config: ModelConfig, vocab: int, folder: Path, case: dict[str, int],
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Engine and transformers in turns, for neighbours come and go; the median of the ratios."""
+    pairs = [
+        (
+            decode(model, config, vocab, case)["tokens_per_second"],
+            transformers_speed(folder, **case),
+        )
+        for _ in range(rounds)
+    ]
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return {"tokens_per_second": pairs, "median_ratio": statistics.median(ratios)}
 
 
 def twin_of(config: ModelConfig) -> ModelConfig:
@@ -229,8 +214,8 @@ def main() -> None:
     parser.add_argument("--case-seconds", type=int, default=0, help="Limit of a case; 0 for none.")
     parser.add_argument("--skip", nargs="*", default=[], choices=["engine", "transformers", "twin"])
     options = parser.parse_args()
-    global _USES_PROCESSOR_TIME
-    _USES_PROCESSOR_TIME = options.processor_time
+    if options.processor_time:
+        use_processor_time()
     cpu.without_compilation()
     initialize()
     config, vocab = (load_recipe([LAPTOP]).model, 1024) if options.laptop else (MODEL, VOCAB)
@@ -284,6 +269,11 @@ def main() -> None:
                     results["transformers"][f"{batch}x{context}"] = best
                     print("transformers", batch, context, best, flush=True)
                     write(options.json, {"results": results})
+                if options.rounds > 1:
+                    case |= {"batch": 32}
+                    found = beside(model, own, vocab, Path(folder), case, options.rounds)
+                    results["beside"] = found
+                    print("in turns", found, flush=True)
         del model
         gc.collect()
     write(options.json, {"processor_time": options.processor_time, "results": results})
