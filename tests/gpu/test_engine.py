@@ -142,3 +142,18 @@ def test_the_invariant_product_has_the_same_bits_for_any_number_of_rows(dtype):
     for rows in (1, 2, 33, 64, 299):
         assert torch.equal(invariant_matmul(x[:rows], w), whole[:rows])
     torch.testing.assert_close(whole.double(), x.double() @ w.double().t(), rtol=1e-2, atol=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_give_a_row_the_same_bits_in_any_company(dtype):
+    from m1_kernels.routed_experts import ExpertTable, routed_experts
+
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((200, 512), (8, 512), *[(2 * 384, 512)] * 8, *[(512, 384)] * 8)
+    x, router, *weights = (torch.randn(*s, generator=generator).cuda() * 0.05 for s in shapes)
+    x, *weights = (t.to(dtype) for t in (x, *weights))
+    table = ExpertTable.of(weights[:8], weights[8:])
+    whole = routed_experts(x, router, table, top_k=2, block_rows=16)
+    for rows in (slice(0, 1), slice(7, 60), slice(199, 200)):
+        part = routed_experts(x[rows].contiguous(), router, table, top_k=2, block_rows=16)
+        assert torch.equal(part, whole[rows])

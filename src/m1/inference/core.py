@@ -17,7 +17,7 @@ from m1.inference.invariant import invariant_linear
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams, TokenOutput
 from m1.inference.runner import ModelRunner
-from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample, sample_on_host
+from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample, sample_plain
 from m1.inference.scheduler import Scheduler
 from m1.inference.sequences import Prefill, Sequence
 from m1.inference.steps import Chunk, Step
@@ -241,8 +241,9 @@ class EngineCore:
         drawn = torch.tensor([member.random.next() for member in members], dtype=torch.float64)
         uniform = drawn.to(logits.device, non_blocking=True)
         # In invariant mode what others ask for must not choose the arithmetic.
-        is_hosted = self._host is not None and params.is_plain and not self.limits.is_invariant
-        choose = sample_on_host if is_hosted else sample
+        is_fast = self._host is not None or logits.is_cuda
+        is_plain = is_fast and params.is_plain and not self.limits.is_invariant
+        choose = sample_plain if is_plain else sample
         chosen = choose(logits, uniform, params, num_tokens=self.num_tokens)
         if rows:
             rows.tokens = chosen.tokens[: rows.decode.count]

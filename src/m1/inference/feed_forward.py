@@ -13,7 +13,9 @@ from m1.inference.parameters import FeedForward
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 DENSE_TOKENS = 256
-"""Up to here every expert multiplies every token: reading its weights takes as long, on a GPU."""
+"""Up to here, without the kernels, every expert multiplies every token: no host is asked."""
+FEW_TOKENS = 1024
+"""Up to here the kernels for few tokens; beyond it products of whole experts are faster."""
 
 
 def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear) -> torch.Tensor:
@@ -33,18 +35,30 @@ def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear
     """
     if weights.router is None:
         return _swiglu(x, weights.fc1[0], weights.fc2[0], None, linear)
-    logits = linear(x.float(), weights.router.float())
-    top, chosen = logits.topk(top_k, dim=-1)
-    share = top.softmax(-1)
-    num_local = len(weights.fc1)
-    if x.shape[0] <= DENSE_TOKENS or num_local <= 2 * top_k:
-        out = _all(x, weights, torch.zeros_like(logits).scatter_(1, chosen, share), linear)
+    is_invariant = linear is not F.linear
+    if weights.table is not None and (x.shape[0] <= FEW_TOKENS or is_invariant):
+        from m1_kernels.routed_experts import routed_experts
+
+        out = routed_experts(
+            x, weights.router, weights.table, top_k=top_k, block_rows=16 if is_invariant else None
+        )
     else:
-        out = _routed(x, weights, chosen, share, linear)
+        out = _chosen(x, weights.router, weights, top_k, linear)
     if weights.shared is not None:
         shared = weights.shared
         out = out + _swiglu(x, shared.fc1[0], shared.fc2[0], None, linear)
     return out
+
+
+def _chosen(
+    x: torch.Tensor, router: torch.Tensor, weights: FeedForward, top_k: int, linear: Linear
+) -> torch.Tensor:
+    logits = linear(x.float(), router.float())
+    top, chosen = logits.topk(top_k, dim=-1)
+    share = top.softmax(-1)
+    if x.shape[0] <= DENSE_TOKENS or len(weights.fc1) <= 2 * top_k:
+        return _all(x, weights, torch.zeros_like(logits).scatter_(1, chosen, share), linear)
+    return _routed(x, weights, chosen, share, linear)
 
 
 def _swiglu(

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from m1.inference.cache import Cache
-from m1.inference.feed_forward import DENSE_TOKENS
+from m1.inference.feed_forward import FEW_TOKENS
 from m1.inference.runner import ModelRunner
 from m1.inference.steps import DecodeRows, Step
 
-MAX_ROWS = DENSE_TOKENS
+MAX_ROWS = FEW_TOKENS
 """Beyond it feed-forward layers ask the host."""
 
 

@@ -62,6 +62,8 @@ class FeedForward:
     """[2 E F, h], a copy of all gates, then of all ups, where copies are cheap."""
     all_fc2: torch.Tensor | None = None
     """[h, E F]."""
+    table: Any = None
+    """`m1_kernels.routed_experts.ExpertTable` of fc1 and fc2, on a GPU."""
 
 
 @dataclass
@@ -210,12 +212,21 @@ def _feed_forward(module: Any) -> FeedForward:
         fc1, fc2 = module.linear_fc1.weight.detach(), module.linear_fc2.weight.detach()
         return FeedForward(None, 0, [fc1], [fc2])
     shared = module.shared_experts
+    first_expert = module.local_expert_indices[0]
+    fc1 = list(_expert_weights(module.experts, "linear_fc1"))
+    fc2 = list(_expert_weights(module.experts, "linear_fc2"))
+    table = None
+    if fc1[0].is_cuda:
+        from m1_kernels.routed_experts import ExpertTable
+
+        table = ExpertTable.of(fc1, fc2, first_expert=first_expert)
     return FeedForward(
         router=module.router.weight.detach(),
-        first_expert=module.local_expert_indices[0],
-        fc1=list(_expert_weights(module.experts, "linear_fc1")),
-        fc2=list(_expert_weights(module.experts, "linear_fc2")),
+        first_expert=first_expert,
+        fc1=fc1,
+        fc2=fc2,
         shared=_feed_forward(shared) if shared is not None else None,
+        table=table,
     )
 
 

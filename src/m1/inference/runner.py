@@ -71,19 +71,21 @@ class ModelRunner:
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         rotary = angles.cos(), angles.sin()
         prompts = Prompts.of(step.chunks, x.device) if step.chunks else None
-        for layer in found.layers:
-            normed = self._norm(x, layer.attention_norm)
+        normed = self._norm(x, found.layers[0].attention_norm)
+        following = [*(layer.attention_norm for layer in found.layers[1:]), found.final_norm]
+        for layer, next_norm in zip(found.layers, following, strict=True):
             if isinstance(layer.attention, Lightning):
                 inner = self._lightning(normed, layer, layer.attention, step, prompts, cache)
             else:
                 inner = self._softmax(normed, layer, layer.attention, step, rotary, cache)
-            x = self._project(inner, layer.attention.out, normed, x, layer.attention_scales)
-            normed = self._norm(x, layer.mlp_norm)
+            kept = normed if found.config.is_post_norm else x
+            out, scales = layer.attention.out, layer.attention_scales
+            x, normed = self._project(inner, out, kept, scales, layer.mlp_norm)
+            kept = normed if found.config.is_post_norm else x
             branch = experts(normed, layer.mlp, top_k=found.top_k, linear=self.linear)
-            x = self._add(_reduced(branch, found.expert_group), normed, x, layer.mlp_scales)
-        if step.logits_of is not None:
-            x = x[step.logits_of]
-        return self._logits(self._norm(x, found.final_norm))
+            branch = _reduced(branch, found.expert_group)
+            x, normed = self._add(branch, kept, layer.mlp_scales, next_norm)
+        return self._logits(normed if step.logits_of is None else normed[step.logits_of])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         found = self.parameters
@@ -205,30 +207,33 @@ class ModelRunner:
         self,
         inner: torch.Tensor,
         weight: torch.Tensor,
-        normed: torch.Tensor,
-        unnormed: torch.Tensor,
+        kept: torch.Tensor,
         scales: BranchScales,
-    ) -> torch.Tensor:
+        norm: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_add` of inner's projection."""
         found = self.parameters
-        if found.is_joined:  # and so on a CPU: one pass instead of three
-            residual = normed if found.config.is_post_norm else unnormed
-            if found.tensor_group is None and inner.dtype == torch.float32:
-                alpha, beta = scales.alpha, scales.beta
-                return torch.addmm(residual, inner, weight.t(), beta=alpha, alpha=beta)
-        branch = _reduced(self.linear(inner, weight), found.tensor_group)
-        return self._add(branch, normed, unnormed, scales)
+        if found.is_joined and found.tensor_group is None and inner.dtype == torch.float32:
+            # And so on a CPU: one pass instead of three.
+            x = torch.addmm(kept, inner, weight.t(), beta=scales.alpha, alpha=scales.beta)
+            return x, self._norm(x, norm)
+        return self._add(
+            _reduced(self.linear(inner, weight), found.tensor_group), kept, scales, norm
+        )
 
     def _add(
-        self,
-        branch: torch.Tensor,
-        normed: torch.Tensor,
-        unnormed: torch.Tensor,
-        scales: BranchScales,
-    ) -> torch.Tensor:
-        residual = normed if self.parameters.config.is_post_norm else unnormed
+        self, branch: torch.Tensor, kept: torch.Tensor, scales: BranchScales, norm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A branch added to its residual, and the norm of the sum with these weights."""
+        if branch.is_cuda:
+            from m1_kernels.residual_norm import residual_norm
+
+            eps = self.parameters.config.layernorm_epsilon
+            return residual_norm(branch, kept, norm, alpha=scales.alpha, beta=scales.beta, eps=eps)
         if scales.beta != 1:
             branch = branch * scales.beta
-        return torch.add(branch, residual, alpha=scales.alpha)
+        x = torch.add(branch, kept, alpha=scales.alpha)
+        return x, self._norm(x, norm)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

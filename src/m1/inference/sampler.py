@@ -60,9 +60,11 @@ class RowParams:
         filters = (self.top_p, self.top_k, self.min_p)
         return not self.top_logprobs and all(column is None for column in filters)
 
-    def temperatures(self, count: int) -> torch.Tensor:
+    def temperatures(self, count: int, device: torch.device) -> torch.Tensor:
         """float32 [B], 0 where greedy."""
-        found = torch.ones(count) if self.temperature is None else self.temperature.squeeze(1)
+        found = torch.ones(count, device=device)
+        if self.temperature is not None:
+            found = self.temperature.squeeze(1)
         return found if self.greedy is None else found.masked_fill(self.greedy, 0.0)
 
     @classmethod
@@ -149,12 +151,16 @@ def sample(
     )
 
 
-def sample_on_host(
+def sample_plain(
     logits: torch.Tensor, uniform: torch.Tensor, params: RowParams, *, num_tokens: int
 ) -> SampledTokens:
-    """`sample` in one compiled function, for rows that are plain, on a CPU."""
-    temperatures = params.temperatures(logits.shape[0])
-    return SampledTokens(*draw(logits, uniform, temperatures, num_tokens=num_tokens))
+    """`sample` in one compiled function, for rows that are plain, on a CPU or a GPU."""
+    temperatures = params.temperatures(logits.shape[0], logits.device)
+    if not logits.is_cuda:
+        return SampledTokens(*draw(logits, uniform, temperatures, num_tokens=num_tokens))
+    from m1_kernels.token_sampling import sample_tokens
+
+    return SampledTokens(*sample_tokens(logits, uniform, temperatures, num_tokens=num_tokens))
 
 
 def _filtered(weights: torch.Tensor, params: RowParams) -> torch.Tensor:
