@@ -4,6 +4,7 @@ Shapes: B rows, V vocabulary, n pages of a row, R rotary dim.
 """
 
 import ctypes
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,3 +130,6 @@ def _ready(name: str, value: Any) -> Any:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads

@@ -37,11 +37,11 @@ def model(recipe, make_model):
 
 def test_sampling_of_rl_takes_the_states_and_pages_of_the_plan(recipe, model):
     engine = LocalEngine(model, stop_token=1023, num_tokens=1000)
-    prompts = torch.randint(1000, (recipe.rl.prompts_per_step, 29)).tolist()
+    prompts = torch.randint(1000, (recipe.rl.prompts_per_step, 61)).tolist()
     seeds = tuple(range(recipe.rl.group_size))
     requests = [Request(tuple(prompt), seeds) for prompt in prompts]
-    engine.generate(requests, SamplingConfig(max_new_tokens=35, top_k=1))
-    plan = make_plan(recipe, Options(stage="rl", length=29 + 35))
+    engine.generate(requests, SamplingConfig(max_new_tokens=3))
+    plan = make_plan(recipe, Options(stage="rl", length=61 + 3))
     assert plan.workload.decoding.num_sequences == 256
     states, pages = allocated(engine._core)
     # One slot and one page belong to nobody; pages of 16 tokens hold one more sequence.
