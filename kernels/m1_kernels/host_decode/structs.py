@@ -36,7 +36,7 @@ class ModelStruct(ctypes.Structure):
         _fields(_INTEGER, "num_layers hidden heads groups dim rotary_dim vocab page_size")
         + _fields(_INTEGER, "is_post_norm")
         + _fields(_FLOAT, "norm_epsilon inner_epsilon")
-        + _fields(_POINTER, "embedding final_norm head layers")
+        + _fields(_POINTER, "embedding final_norm head inverse_frequencies layers")
     )
 
 
@@ -44,7 +44,7 @@ class BatchStruct(ctypes.Structure):
     """`Batch`: the rows of a step and where their logits go."""
 
     _fields_ = _fields(_INTEGER, "row_pages") + _fields(
-        _POINTER, "tokens positions slots pages lengths cos sin logits"
+        _POINTER, "tokens positions slots pages logits"
     )
 
 
@@ -75,4 +75,4 @@ def fill(struct: Any, values: Mapping[str, Any]) -> list[torch.Tensor]:
     return kept
 
 
-_INT64 = frozenset({"tokens", "positions", "slots", "pages", "lengths"})
+_INT64 = frozenset({"tokens", "positions", "slots", "pages"})

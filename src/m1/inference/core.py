@@ -184,14 +184,14 @@ class EngineCore:
             made = self._compute(step)
             self.num_steps += 1
             count = rows.decode.count if rows else 0
-            if rows:
-                logits.append(made[:count])
+            logits += [made[:count]] if rows else []
             self._note_prefilled(chunks, made[count:])
         began, first = self._begin_sequences()
         members = [*(rows.members if rows else ()), *began]
         if not members:
             return []
-        chosen = self._sample(rows, began, torch.cat([*logits, *first]))
+        logits += first
+        chosen = self._sample(rows, began, logits[0] if len(logits) == 1 else torch.cat(logits))
         for sequence in rows.members if rows else ():
             sequence.length += 1
         return self._record(members, chosen, began)

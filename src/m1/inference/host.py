@@ -49,6 +49,7 @@ class HostDecoder:
             "embedding": found.embedding,
             "final_norm": found.final_norm,
             "head": found.head,
+            "inverse_frequencies": found.inverse_frequencies.float(),
         }
         self._model = HostModel(sizes, [_layer(x, found.top_k, cache) for x in found.layers])
 
@@ -60,16 +61,8 @@ class HostDecoder:
         slots = rows.slots
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop)
-        positions = step.positions[: rows.count]
-        angles = positions[:, None].float() * self._runner.parameters.inverse_frequencies
-        logits = self._model.decode(
-            step.tokens[: rows.count],
-            positions,
-            slots,
-            rows.pages,
-            cos=angles.cos(),
-            sin=angles.sin(),
-        )
+        count = rows.count
+        logits = self._model.decode(step.tokens[:count], step.positions[:count], slots, rows.pages)
         if not step.chunks:
             return logits
         return torch.cat((logits, self._runner(step.without_rows(), self._cache)))
