@@ -24,8 +24,10 @@ from m1.sandbox.process import collect, kill_group
 
 UNPRIVILEGED_ID = 200_001
 """User and group that root becomes before bubblewrap starts; owns nothing on the host."""
-_OPEN_FILES = 256
-_FILE_BYTES = 256 * MIB
+VARIABLES = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
+"""The whole environment of a command, beside what its caller gives."""
+OPEN_FILES = 256
+FILE_BYTES = 256 * MIB
 _OWN_PROCESSES = 4
 """What bubblewrap itself needs."""
 _SETUP_FAILED = b"bwrap: "
@@ -101,8 +103,10 @@ class BubblewrapSandbox:
         group: cgroup.Group | None,
     ) -> ExecResult:
         started = time.monotonic()
-        filter_fd = _filter_descriptor()
+        filter_fd = filter_descriptor()
+        status_fd = os.memfd_create("m1-status")
         arguments = self._arguments(limits, environment, filter_fd)
+        arguments += ["--json-status-fd", str(status_fd)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(
             [*arguments, "--", *command],
@@ -110,7 +114,7 @@ class BubblewrapSandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=(filter_fd,) if filter_fd is not None else (),
+            pass_fds=(status_fd,) if filter_fd is None else (status_fd, filter_fd),
             env={},
             preexec_fn=_entry(limits, group),
         )
@@ -127,15 +131,18 @@ class BubblewrapSandbox:
             output_bytes=limits.output_bytes,
             kill=kill,
         )
-        if filter_fd is not None:
-            os.close(filter_fd)
+        has_run = b'"exit-code"' in os.pread(status_fd, 4096, 0)
+        for descriptor in (status_fd, filter_fd):
+            if descriptor is not None:
+                os.close(descriptor)
         if group is not None:
             used = group.cpu_seconds()
         else:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         code = process.returncode
-        if code == 1 and found.stderr.startswith(_SETUP_FAILED):
+        # A program may print what bubblewrap prints; whether one ran, bubblewrap tells elsewhere.
+        if code == 1 and not has_run and found.stderr.startswith(_SETUP_FAILED):
             raise SandboxError(f"bubblewrap did not start: {found.stderr.decode(errors='replace')}")
         return ExecResult(
             exit_code=code if code >= 0 else 128 - code,
@@ -149,13 +156,13 @@ class BubblewrapSandbox:
     def _arguments(
         self, limits: Limits, environment: Mapping[str, str], filter_fd: int | None
     ) -> list[str]:
-        variables = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **environment}
+        variables = {**VARIABLES, **environment}
         arguments = [
             self._program,
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
             *("--new-session", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"),
             *("--uid", "1000", "--gid", "1000"),
-            *_system_binds(),
+            *system_binds(),
             *("--proc", "/proc", "--dev", "/dev"),
             *("--size", str(limits.scratch_mib * MIB), "--tmpfs", "/tmp"),
             *("--size", str(MIB), "--tmpfs", "/dev/shm"),
@@ -211,7 +218,7 @@ def weaknesses() -> tuple[str, ...]:
 
 
 @cache
-def _system_binds() -> tuple[str, ...]:
+def system_binds() -> tuple[str, ...]:
     """Read-only /usr without /usr/local (site packages, other people's tools), links beside it."""
     binds: list[str] = []
     for folder in (*_SYSTEM, "/usr/include", "/usr/share/zoneinfo", "/usr/libexec"):
@@ -228,7 +235,7 @@ def _system_binds() -> tuple[str, ...]:
     return tuple(binds)
 
 
-def _filter_descriptor() -> int | None:
+def filter_descriptor() -> int | None:
     """A fresh descriptor at the start of the seccomp filter."""
     code = seccomp.program()
     if code is None:
@@ -250,26 +257,28 @@ def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
     num_processes = 0 if entrances else limits.num_processes + _OWN_PROCESSES + _running(user)
 
     def enter() -> None:
-        for path in entrances:
-            descriptor = os.open(path, os.O_WRONLY)
-            os.write(descriptor, b"0")
-            os.close(descriptor)
+        cgroup.enter(entrances)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
         if not entrances:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         if is_root:
-            os.setgroups([])
-            os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-            os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+            drop_root()
         if not entrances:
             hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
             bound = num_processes if hard < 0 else min(num_processes, hard)
             resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
     return enter
+
+
+def drop_root() -> None:
+    """Become the user that owns nothing."""
+    os.setgroups([])
+    os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+    os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
 
 
 def _running(user: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 from adversarial_programs import FUNCTIONS, PROGRAMS
 
 from m1.rewards.code.verifier import verify
+from m1.rewards.service.pool import RewardService, ServiceConfig
 from m1.sandbox import bubblewrap, cgroup
 from m1.types import Task
 
@@ -73,6 +74,21 @@ def test_no_adversarial_program_gets_a_reward(verdicts):
 
 def test_nothing_is_left_behind(verdicts):
     before, _ = verdicts
+    deadline = time.monotonic() + 5
+    while any(extra(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(extra(before))
+
+
+def test_nothing_is_left_behind_by_the_workers_of_a_service():
+    before = left_behind()
+    names = ["fork bomb", "memory bomb", "sleep", "kills everything", "right answer then crash"]
+    honest = "a, b = map(int, input().split())\nprint(a + b)"
+    task = Task("add", "tests", "Add two numbers.", json.dumps(STDIN), "code")
+    with RewardService(ServiceConfig(num_workers=2)) as service:
+        jobs = [(task, PROGRAMS[name]) for name in names] + [(task, honest)]
+        found = [j.verdict.accuracy for j in service.judge_all(jobs)]
+    assert found == [0, 0, 0, 0, 0, 1]
     deadline = time.monotonic() + 5
     while any(extra(before)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -60,6 +60,13 @@ def test_only_the_given_environment_is_seen(sandbox):
 
 
 @needs_bubblewrap
+def test_what_a_program_prints_cannot_pass_for_a_failure_of_ours(sandbox):
+    assert run(sandbox, "import sys\nsys.exit('bwrap: no')").exit_code == 1
+    with pytest.raises(SandboxError, match="did not start"):
+        sandbox.exec(["/work/absent"])
+
+
+@needs_bubblewrap
 @pytest.mark.parametrize(
     ("source", "limit"),
     [

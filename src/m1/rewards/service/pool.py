@@ -271,6 +271,7 @@ class RewardService:
     def _discard(self, worker: Worker | None) -> None:
         if worker is not None:
             worker.close()
+            cgroup.sweep()
 
     def _open_nursery(self, kind: str) -> Nursery:
         """The live nursery, with this kind's libraries imported."""
