@@ -8,6 +8,7 @@ is tested by tests/integration/test_sandbox_escapes.py.
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -114,7 +115,7 @@ class BubblewrapSandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=(status_fd,) if filter_fd is None else (status_fd, filter_fd),
+            pass_fds=[fd for fd in (status_fd, filter_fd) if fd is not None],
             env={},
             preexec_fn=_entry(limits, group),
         )
@@ -132,9 +133,8 @@ class BubblewrapSandbox:
             kill=kill,
         )
         has_run = b'"exit-code"' in os.pread(status_fd, 4096, 0)
-        for descriptor in (status_fd, filter_fd):
-            if descriptor is not None:
-                os.close(descriptor)
+        for descriptor in filter(None, (status_fd, filter_fd)):
+            os.close(descriptor)
         if group is not None:
             used = group.cpu_seconds()
         else:
@@ -150,13 +150,12 @@ class BubblewrapSandbox:
             stderr=bytes(found.stderr),
             seconds=time.monotonic() - started,
             cpu_seconds=used,
-            stopped_by=found.stopped_by or _stopped_by(limits, used, group),
+            stopped_by=found.stopped_by or _stopped_by(limits, code, used, group),
         )
 
     def _arguments(
         self, limits: Limits, environment: Mapping[str, str], filter_fd: int | None
     ) -> list[str]:
-        variables = {**VARIABLES, **environment}
         arguments = [
             self._program,
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
@@ -169,7 +168,7 @@ class BubblewrapSandbox:
             *("--ro-bind", str(self._folder), "/work", "--chdir", "/work"),
             *("--remount-ro", "/"),
         ]
-        for name, value in variables.items():
+        for name, value in {**VARIABLES, **environment}.items():
             arguments += ["--setenv", name, value]
         if filter_fd is not None:
             arguments += ["--seccomp", str(filter_fd)]
@@ -213,7 +212,7 @@ def weaknesses() -> tuple[str, ...]:
             "not for all of them; run as root or set M1_CGROUP to a delegated group"
         )
     if seccomp.program() is None:
-        found.append("no seccomp table for this machine: dangerous system calls are not filtered")
+        found.append("no seccomp table for this machine: system calls are not filtered")
     return tuple(found)
 
 
@@ -293,7 +292,8 @@ def _running(user: int) -> int:
     return total
 
 
-def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None) -> str | None:
+def _stopped_by(limits: Limits, code: int, used: float, group: cgroup.Group | None) -> str | None:
     if group is not None and group.was_out_of_memory():
         return "memory"
-    return "cpu" if used > limits.cpu_seconds else None
+    # Without a group the processor time of what died inside is not known, but its signal is.
+    return "cpu" if used > limits.cpu_seconds or code == 128 + signal.SIGXCPU else None
