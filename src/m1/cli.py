@@ -26,6 +26,7 @@ app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
+app.command()(cli_curate.calibrate)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")

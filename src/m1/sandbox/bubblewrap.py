@@ -8,6 +8,7 @@ is tested by tests/integration/test_sandbox_escapes.py.
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,10 @@ from m1.sandbox.process import collect, kill_group
 
 UNPRIVILEGED_ID = 200_001
 """User and group that root becomes before bubblewrap starts; owns nothing on the host."""
-_OPEN_FILES = 256
-_FILE_BYTES = 256 * MIB
+VARIABLES = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
+"""The whole environment of a command, beside what its caller gives."""
+OPEN_FILES = 256
+FILE_BYTES = 256 * MIB
 _OWN_PROCESSES = 4
 """What bubblewrap itself needs."""
 _SETUP_FAILED = b"bwrap: "
@@ -101,8 +104,10 @@ class BubblewrapSandbox:
         group: cgroup.Group | None,
     ) -> ExecResult:
         started = time.monotonic()
-        filter_fd = _filter_descriptor()
+        filter_fd = filter_descriptor()
+        status_fd = os.memfd_create("m1-status")
         arguments = self._arguments(limits, environment, filter_fd)
+        arguments += ["--json-status-fd", str(status_fd)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = subprocess.Popen(
             [*arguments, "--", *command],
@@ -110,7 +115,7 @@ class BubblewrapSandbox:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=(filter_fd,) if filter_fd is not None else (),
+            pass_fds=[fd for fd in (status_fd, filter_fd) if fd is not None],
             env={},
             preexec_fn=_entry(limits, group),
         )
@@ -127,15 +132,17 @@ class BubblewrapSandbox:
             output_bytes=limits.output_bytes,
             kill=kill,
         )
-        if filter_fd is not None:
-            os.close(filter_fd)
+        has_run = b'"exit-code"' in os.pread(status_fd, 4096, 0)
+        for descriptor in filter(None, (status_fd, filter_fd)):
+            os.close(descriptor)
         if group is not None:
             used = group.cpu_seconds()
         else:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         code = process.returncode
-        if code == 1 and found.stderr.startswith(_SETUP_FAILED):
+        # A program may print what bubblewrap prints; whether one ran, bubblewrap tells elsewhere.
+        if code == 1 and not has_run and found.stderr.startswith(_SETUP_FAILED):
             raise SandboxError(f"bubblewrap did not start: {found.stderr.decode(errors='replace')}")
         return ExecResult(
             exit_code=code if code >= 0 else 128 - code,
@@ -143,26 +150,25 @@ class BubblewrapSandbox:
             stderr=bytes(found.stderr),
             seconds=time.monotonic() - started,
             cpu_seconds=used,
-            stopped_by=found.stopped_by or _stopped_by(limits, used, group),
+            stopped_by=found.stopped_by or _stopped_by(limits, code, used, group),
         )
 
     def _arguments(
         self, limits: Limits, environment: Mapping[str, str], filter_fd: int | None
     ) -> list[str]:
-        variables = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **environment}
         arguments = [
             self._program,
             *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
             *("--new-session", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"),
             *("--uid", "1000", "--gid", "1000"),
-            *_system_binds(),
+            *system_binds(),
             *("--proc", "/proc", "--dev", "/dev"),
             *("--size", str(limits.scratch_mib * MIB), "--tmpfs", "/tmp"),
             *("--size", str(MIB), "--tmpfs", "/dev/shm"),
             *("--ro-bind", str(self._folder), "/work", "--chdir", "/work"),
             *("--remount-ro", "/"),
         ]
-        for name, value in variables.items():
+        for name, value in {**VARIABLES, **environment}.items():
             arguments += ["--setenv", name, value]
         if filter_fd is not None:
             arguments += ["--seccomp", str(filter_fd)]
@@ -206,12 +212,12 @@ def weaknesses() -> tuple[str, ...]:
             "not for all of them; run as root or set M1_CGROUP to a delegated group"
         )
     if seccomp.program() is None:
-        found.append("no seccomp table for this machine: dangerous system calls are not filtered")
+        found.append("no seccomp table for this machine: system calls are not filtered")
     return tuple(found)
 
 
 @cache
-def _system_binds() -> tuple[str, ...]:
+def system_binds() -> tuple[str, ...]:
     """Read-only /usr without /usr/local (site packages, other people's tools), links beside it."""
     binds: list[str] = []
     for folder in (*_SYSTEM, "/usr/include", "/usr/share/zoneinfo", "/usr/libexec"):
@@ -228,7 +234,7 @@ def _system_binds() -> tuple[str, ...]:
     return tuple(binds)
 
 
-def _filter_descriptor() -> int | None:
+def filter_descriptor() -> int | None:
     """A fresh descriptor at the start of the seccomp filter."""
     code = seccomp.program()
     if code is None:
@@ -250,26 +256,28 @@ def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
     num_processes = 0 if entrances else limits.num_processes + _OWN_PROCESSES + _running(user)
 
     def enter() -> None:
-        for path in entrances:
-            descriptor = os.open(path, os.O_WRONLY)
-            os.write(descriptor, b"0")
-            os.close(descriptor)
+        cgroup.enter(entrances)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
         if not entrances:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         if is_root:
-            os.setgroups([])
-            os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-            os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+            drop_root()
         if not entrances:
             hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
             bound = num_processes if hard < 0 else min(num_processes, hard)
             resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
     return enter
+
+
+def drop_root() -> None:
+    """Become the user that owns nothing."""
+    os.setgroups([])
+    os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+    os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
 
 
 def _running(user: int) -> int:
@@ -284,7 +292,8 @@ def _running(user: int) -> int:
     return total
 
 
-def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None) -> str | None:
+def _stopped_by(limits: Limits, code: int, used: float, group: cgroup.Group | None) -> str | None:
     if group is not None and group.was_out_of_memory():
         return "memory"
-    return "cpu" if used > limits.cpu_seconds else None
+    # Without a group the processor time of what died inside is not known, but its signal is.
+    return "cpu" if used > limits.cpu_seconds or code == 128 + signal.SIGXCPU else None

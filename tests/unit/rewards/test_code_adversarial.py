@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from adversarial_programs import FUNCTIONS, PROGRAMS
 
 from m1.rewards.code.verifier import verify
+from m1.rewards.service.pool import RewardService, ServiceConfig
 from m1.sandbox import bubblewrap, cgroup
 from m1.types import Task
 
@@ -31,19 +33,31 @@ def judge(suite, source):
     return verify(task, f"```python\n{source}\n```")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_folder(tmp_path_factory):
+    """A folder for temporary files that other test runs of this machine do not write into."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("tmp")
+        patch.setenv("TMPDIR", str(folder))
+        patch.setattr(tempfile, "tempdir", None)
+        yield folder
+
+
 def left_behind():
-    """What sandboxes could leave: groups, folders, processes of their user, open descriptors."""
-    groups = {
-        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob("m1-sandbox*")
-    }
+    """What our sandboxes could leave: groups, folders, processes of their user, descriptors."""
+    own = {os.getpid()} | {child.pid for child in psutil.Process().children(recursive=True)}
+    names = {p.name for p in Path("/sys/fs/cgroup").glob("*/m1-sandbox-*")}
+    owners = {name: int(re.match(r"m1-sandbox-(\d+)", name)[1]) for name in names}
+    groups = {n for n, pid in owners.items() if pid in own or not Path(f"/proc/{pid}").exists()}
     folders = set(Path(tempfile.gettempdir()).glob("m1-sandbox-*"))
-    processes = {
+    user = os.getuid() or bubblewrap.UNPRIVILEGED_ID
+    orphans = {
         p.pid
-        for p in psutil.process_iter(["uids"])
-        if p.info["uids"].real == bubblewrap.UNPRIVILEGED_ID
+        for p in psutil.process_iter(["uids", "ppid", "status"])
+        if p.info["uids"].real == user and p.info["ppid"] == 1
+        if p.info["status"] != psutil.STATUS_ZOMBIE
     }
-    own = {child.pid for child in psutil.Process().children(recursive=True)}
-    return groups, folders, processes | own, len(os.listdir("/proc/self/fd"))
+    return groups, folders, orphans | own, len(os.listdir("/proc/self/fd"))
 
 
 def extra(before):
@@ -73,6 +87,21 @@ def test_no_adversarial_program_gets_a_reward(verdicts):
 
 def test_nothing_is_left_behind(verdicts):
     before, _ = verdicts
+    deadline = time.monotonic() + 5
+    while any(extra(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(extra(before))
+
+
+def test_nothing_is_left_behind_by_the_workers_of_a_service():
+    before = left_behind()
+    names = ["fork bomb", "memory bomb", "sleep", "kills everything", "right answer then crash"]
+    honest = "a, b = map(int, input().split())\nprint(a + b)"
+    task = Task("add", "tests", "Add two numbers.", json.dumps(STDIN), "code")
+    with RewardService(ServiceConfig(num_workers=2)) as service:
+        jobs = [(task, PROGRAMS[name]) for name in names] + [(task, honest)]
+        found = [j.verdict.accuracy for j in service.judge_all(jobs)]
+    assert found == [0, 0, 0, 0, 0, 1]
     deadline = time.monotonic() + 5
     while any(extra(before)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -34,7 +34,7 @@ def verify(task: Task, completion: str) -> Verdict:
         return Verdict(0.0, "wrong_language", {"pass_rate": 0.0})
     if program.language == "cpp" and not has_compiler():
         raise SandboxError("there is no /usr/bin/g++ to compile C++; install g++")
-    with open_sandbox() as sandbox:
+    with open_sandbox(purpose="program") as sandbox:
         complaint = install(sandbox, program)
         if complaint is not None:
             return Verdict(0.0, f"compile_error: {complaint[:200]}", {"pass_rate": 0.0})
@@ -91,7 +91,7 @@ def _outcome(suite: Suite, given: Any, expected: Any, result: ExecResult) -> str
 def is_accepted(suite: Suite, given: Any, expected: Any, actual: Any) -> bool:
     """Whether an output passes by the suite's comparison."""
     if suite.checker is not None:
-        with open_sandbox() as other:
+        with open_sandbox(purpose="checker") as other:
             return checked(other, suite.checker, given=given, expected=expected, actual=actual)
     if suite.kind == "function":
         return same_value(expected, actual, suite.tolerance)
