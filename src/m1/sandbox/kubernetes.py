@@ -32,7 +32,7 @@ from m1.sandbox.pods import ClusterConfig
 _T = TypeVar("_T")
 _POLL_SECONDS = (0.05, 0.5)
 _PACK = "cd / && exec tar -c -f - work tmp"
-_UNPACK = 'head -c "$1" | tar -x --no-same-owner -C / -f - work tmp'
+_UNPACK = 'head -c "$1" | tar -x --no-same-owner --no-overwrite-dir -C / -f -'
 _FATAL = {"ErrImageNeverPull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
 
 

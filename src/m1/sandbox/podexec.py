@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from m1.sandbox.base import ExecResult, Limits, OutputSink, SandboxError, SandboxGone
+from m1.sandbox.base import ExecResult, Limits, OutputSink, SandboxError, SandboxGone, met_cpu_limit
 
 _STDOUT, _STDERR, _STATUS = 1, 2, 3
 _STDERR_BYTES = 64 << 10
@@ -125,7 +125,8 @@ class PodExecutor:
             stderr=_without_report(streams),
             seconds=time.monotonic() - started,
             cpu_seconds=cpu,
-            stopped_by=streams.stopped_by or _limit_met(limits, before, usage, cpu),
+            stopped_by=streams.stopped_by
+            or _limit_met(limits, before, usage, cpu, _exit_code(streams)),
         )
 
     def _sweep(self) -> _Streams:
@@ -275,9 +276,11 @@ def _exit_code(streams: _Streams) -> int:
     raise SandboxError(f"the command could not start: {message[:300]}")
 
 
-def _limit_met(limits: Limits, before: Usage, after: Usage, cpu: float) -> str | None:
+def _limit_met(
+    limits: Limits, before: Usage, after: Usage, cpu: float, exit_code: int
+) -> str | None:
     if after.num_out_of_memory > before.num_out_of_memory:
         return "memory"
-    if cpu > limits.cpu_seconds:
+    if met_cpu_limit(limits, cpu, exit_code):
         return "cpu"
     return "disk" if after.scratch_bytes > limits.scratch_mib << 20 else None

@@ -101,7 +101,7 @@ class OneNodeCluster:
 class SandboxController:
     """Plays the controller of agent-sandbox, which does not run on Kubernetes 1.20.
 
-    The CRD is installed without its CEL rules, which that API server does not know. For each
+    The CRD is installed without its CEL rules and empty defaults, which that version refuses. For each
     `Sandbox` a pod of its template is made, owned by it; at `shutdownTime` the object is deleted.
     """
 
@@ -156,5 +156,8 @@ class SandboxController:
 
 def _without_rules(value):
     if isinstance(value, dict):
-        return {k: _without_rules(v) for k, v in value.items() if k != "x-kubernetes-validations"}
+        dropped = {"x-kubernetes-validations"} | (
+            {"default"} if value.get("default") == "" else set()
+        )
+        return {k: _without_rules(v) for k, v in value.items() if k not in dropped}
     return [_without_rules(item) for item in value] if isinstance(value, list) else value
