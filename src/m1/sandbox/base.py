@@ -186,6 +186,9 @@ class Sandbox(Protocol):
     def write_folder(self, path: str, source: Path) -> None:
         """Copy a folder of this machine to `path`, with modes and links, over what is there."""
 
+    def renew(self, seconds: float) -> None:
+        """Promise to be alive for so long from now; then a cluster ends the sandbox by itself."""
+
     def fork(self) -> Self:
         """Another sandbox that begins with all this one's files; later changes are apart."""
 

@@ -119,8 +119,10 @@ def _run(
     code = process.returncode
     code = code if code >= 0 else 128 - code
     stopped_by = found.stopped_by or _stopped_by(limits, used, group, code)
-    if not has_begun and stopped_by is None and process.returncode > 0:
-        raise SandboxError(f"bubblewrap did not start: {found.stderr.decode(errors='replace')}")
+    if not has_begun and stopped_by is None:
+        said = found.stderr.decode(errors="replace")[-300:]
+        ended = f"was killed from outside, status {code}" if code > 128 else "did not start"
+        raise SandboxError(f"bubblewrap {ended}: {said}")
     return ExecResult(
         exit_code=code,
         stdout=bytes(found.stdout),

@@ -18,7 +18,7 @@ _STDOUT, _STDERR, _STATUS = 1, 2, 3
 _STDERR_BYTES = 64 << 10
 _PIECE = 16 << 10
 _SLICE_SECONDS = 0.5
-_OWN_PROCESSES = 6
+_OWN_PROCESSES = 4
 _SWEEP_SECONDS = 20.0
 _MARK = b"\nm1-sandbox-report "
 
@@ -119,14 +119,14 @@ class PodExecutor:
             usage = _report(self._sweep()) or usage or before
         self._usage = usage
         cpu = max(0.0, usage.cpu_seconds - before.cpu_seconds)
+        code = _exit_code(streams)
         return ExecResult(
-            exit_code=_exit_code(streams),
+            exit_code=code,
             stdout=bytes(streams.stdout[: limits.output_bytes]),
             stderr=_without_report(streams),
             seconds=time.monotonic() - started,
             cpu_seconds=cpu,
-            stopped_by=streams.stopped_by
-            or _limit_met(limits, before, usage, cpu, _exit_code(streams)),
+            stopped_by=streams.stopped_by or _limit_met(limits, before, usage, cpu, code),
         )
 
     def _sweep(self) -> _Streams:

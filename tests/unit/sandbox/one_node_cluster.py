@@ -101,8 +101,8 @@ class OneNodeCluster:
 class SandboxController:
     """Plays the controller of agent-sandbox, which does not run on Kubernetes 1.20.
 
-    The CRD is installed without its CEL rules and empty defaults, which that version refuses. For each
-    `Sandbox` a pod of its template is made, owned by it; at `shutdownTime` the object is deleted.
+    The CRD is installed without its CEL rules and empty defaults, which that version refuses. For
+    each `Sandbox` a pod of its template is made, owned by it; at `shutdownTime` it is deleted.
     """
 
     def __init__(self, cluster, backend):
