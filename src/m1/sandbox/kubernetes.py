@@ -31,8 +31,8 @@ from m1.sandbox.pods import ClusterConfig
 
 _T = TypeVar("_T")
 _POLL_SECONDS = (0.05, 0.5)
-_PACK = "cd / && exec tar -c -f - work tmp"
-_UNPACK = 'head -c "$1" | tar -x --no-same-owner --no-overwrite-dir -C / -f -'
+_PACK = "cd / && find work tmp -mindepth 1 -maxdepth 1 -print0 | tar -c --null -T - -f -"
+_UNPACK = 'head -c "$1" | tar -x --no-same-owner -C / -f -'
 _FATAL = {"ErrImageNeverPull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
 
 

@@ -32,6 +32,11 @@ PACKAGES = (
     "python3",
     "git",
 )
+DROPPED = {
+    "x-kubernetes-validations",
+    "x-kubernetes-list-map-keys",
+    "x-kubernetes-list-type",
+}
 IMAGE = "localhost/python:1"
 
 
@@ -52,6 +57,7 @@ class OneNodeCluster:
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "10.0.0.0/8,localhost,127.0.0.1"
         for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy")]:
             del os.environ[name]
+        self.tools = TOOLS
         self.is_kept = "M1_K8S_DIR" in os.environ  # for work on these tests: up once, used often
         folder = os.environ.get("M1_K8S_DIR") or f"{tempfile.gettempdir()}/m1-k8s-{os.getpid()}"
         self.folder = Path(folder)
@@ -101,8 +107,9 @@ class OneNodeCluster:
 class SandboxController:
     """Plays the controller of agent-sandbox, which does not run on Kubernetes 1.20.
 
-    The CRD is installed without its CEL rules and empty defaults, which that version refuses. For
-    each `Sandbox` a pod of its template is made, owned by it; at `shutdownTime` it is deleted.
+    The CRD is installed without what that version refuses: CEL rules, empty defaults, and the merge
+    keys that need them. For each `Sandbox` a pod of its template is made, owned by it; at
+    `shutdownTime` it is deleted.
     """
 
     def __init__(self, cluster, backend):
@@ -156,8 +163,9 @@ class SandboxController:
 
 def _without_rules(value):
     if isinstance(value, dict):
-        dropped = {"x-kubernetes-validations"} | (
-            {"default"} if value.get("default") == "" else set()
-        )
-        return {k: _without_rules(v) for k, v in value.items() if k not in dropped}
+        return {
+            key: _without_rules(item)
+            for key, item in value.items()
+            if key not in DROPPED and (key, item) != ("default", "")
+        }
     return [_without_rules(item) for item in value] if isinstance(value, list) else value
