@@ -189,6 +189,11 @@ def weaknesses() -> tuple[str, ...]:
             "no writable control group: memory and processor time are bounded for each process, "
             "not for all of them; run as root or set M1_CGROUP to a delegated group"
         )
+    if os.geteuid() != 0:
+        found.append(
+            "not root: the number of files is not bounded, and bytes written are looked at after "
+            "each command only"
+        )
     if seccomp.program() is None:
         found.append("no seccomp table for this machine: dangerous system calls are not filtered")
     return tuple(found)
