@@ -128,7 +128,7 @@ def quantiles(episode: Episode, number: int) -> dict[str, float]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that were waited for; busy neighbours change it little."""
+    """Of this process and its children that were waited for; neighbours change it little."""
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, kinds))
 

@@ -1,4 +1,4 @@
-"""A real Kubernetes of one node for tests: started once, with an image, a namespace, a CRD.
+"""A real Kubernetes of one node for tests: started once, with an image and a namespace.
 
 The programs come from a folder beside the checkout (`../shared/k8s`, or M1_K8S) and Debian packages
 that `.ci/run` installs. kustomize's output is applied, so the manifests are tested too.
@@ -9,16 +9,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from datetime import UTC, datetime
 from pathlib import Path
-
-import yaml
 
 PROJECT = Path(__file__).parents[3]
 TOOLS = Path(os.environ.get("M1_K8S", PROJECT.parent / "shared" / "k8s"))
-SCHEMAS = Path(os.environ.get("M1_CRDS", PROJECT.parent / "shared" / "schemas" / "crds"))
 PROGRAMS = ("etcd", "containerd", "runc", "iptables", "ip", "openssl", "xz")
 PACKAGES = (
     "bash",
@@ -32,11 +26,6 @@ PACKAGES = (
     "python3",
     "git",
 )
-DROPPED = {
-    "x-kubernetes-validations",
-    "x-kubernetes-list-map-keys",
-    "x-kubernetes-list-type",
-}
 IMAGE = "localhost/python:1"
 
 
@@ -102,70 +91,3 @@ class OneNodeCluster:
     def close(self):
         if not self.is_kept:
             self.run("down", "--purge")
-
-
-class SandboxController:
-    """Plays the controller of agent-sandbox, which does not run on Kubernetes 1.20.
-
-    The CRD is installed without what that version refuses: CEL rules, empty defaults, and the merge
-    keys that need them. For each `Sandbox` a pod of its template is made, owned by it; at
-    `shutdownTime` it is deleted.
-    """
-
-    def __init__(self, cluster, backend):
-        self._backend = backend
-        path = SCHEMAS / "agents.x-k8s.io_sandboxes.yaml"
-        definition = _without_rules(yaml.safe_load(path.read_text()))
-        target = cluster.folder / "crd.yaml"
-        target.write_text(yaml.safe_dump(definition))
-        cluster.kubectl("apply", "--validate=false", "-f", str(target))
-        cluster.kubectl(
-            "wait", "--for", "condition=established", f"crd/{definition['metadata']['name']}"
-        )
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def close(self):
-        self._is_closed.set()
-        self._thread.join()
-
-    def _watch(self):
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        while not self._is_closed.wait(0.1):
-            try:
-                self._reconcile()
-            except (ApiException, HTTPError, OSError):
-                time.sleep(0.5)  # the API server is away, or an object changed under us
-
-    def _reconcile(self):
-        place = self._backend._place
-        objects = self._backend._objects.list_namespaced_custom_object(*place)["items"]
-        pods = self._backend.core.list_namespaced_pod(self._backend.config.namespace).items
-        have = {pod.metadata.name for pod in pods}
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        for item in objects:
-            name, spec = item["metadata"]["name"], item["spec"]
-            if spec.get("shutdownTime", "9") < now and spec.get("shutdownPolicy") == "Delete":
-                self._backend._objects.delete_namespaced_custom_object(*place, name)
-            elif name not in have and "deletionTimestamp" not in item["metadata"]:
-                owner = {
-                    "apiVersion": item["apiVersion"], "kind": item["kind"], "name": name,
-                    "uid": item["metadata"]["uid"], "controller": True,
-                }  # fmt: skip
-                template = spec["podTemplate"]
-                metadata = {"name": name, "ownerReferences": [owner], **template["metadata"]}
-                body = {"metadata": metadata, "spec": template["spec"]}
-                self._backend.core.create_namespaced_pod(self._backend.config.namespace, body)
-
-
-def _without_rules(value):
-    if isinstance(value, dict):
-        return {
-            key: _without_rules(item)
-            for key, item in value.items()
-            if key not in DROPPED and (key, item) != ("default", "")
-        }
-    return [_without_rules(item) for item in value] if isinstance(value, list) else value

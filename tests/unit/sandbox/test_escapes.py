@@ -138,7 +138,7 @@ os._exit(0)
 
 def test_a_fork_bomb_ends_with_its_time_and_leaves_a_working_sandbox(sandbox):
     source = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    result = sandbox.exec([*PYTHON, source], limits=replace(LIMITS, cpu_seconds=2, wall_seconds=6))
+    result = sandbox.exec([*PYTHON, source], limits=replace(LIMITS, cpu_seconds=2, wall_seconds=4))
     assert result.stopped_by in ("cpu", "wall")
     assert sandbox.exec(["echo", "on"]).stdout == b"on\n"
 
@@ -150,7 +150,7 @@ for _ in range(8):
     if os.fork() == 0:
         x = bytearray(60 << 20)
         for i in range(0, len(x), 4096): x[i] = 1
-        time.sleep(3)
+        time.sleep(2)
         os._exit(0)
 ends = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(8)]
 print(ends.count(0))
