@@ -251,7 +251,7 @@ def _arguments(program: str) -> list[str]:
     for right in _RIGHTS:
         arguments += ["--cap-add", right]
     arguments += [
-        *bubblewrap.system_binds(),
+        *bubblewrap.system_mounts(),
         *("--proc", "/proc", "--dir", "/tmp", "--dir", "/work", "--dir", "/dev/shm"),
     ]
     # Not --dev: for its terminals bubblewrap would end in a namespace that does not own its mounts.

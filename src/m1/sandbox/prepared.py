@@ -1,7 +1,7 @@
 """A sandbox whose commands start in a few milliseconds: namespaces and interpreter wait for them.
 
 A box is bubblewrap around `m1.sandbox.zygote`, which forks one child for each command. Bubblewrap
-keeps the host away from all of them, as in `BubblewrapSandbox`. Commands are kept from each other
+keeps the host away from all of them, as in `SealedBubblewrap`. Commands are kept from each other
 by what each child gets of its own: process ids, mounts (/work, /tmp, /dev/shm, /proc), IPC, and a
 seccomp filter; the network, empty, and the control group belong to the box, in which one command
 runs at a time and whose processes are all dead before the next. A command that had to be stopped
@@ -26,7 +26,7 @@ _own = threading.local()
 
 
 class PreparedSandbox:
-    """See `m1.sandbox.base.Sandbox`; boxes are kept by thread and outlive it, files do not.
+    """See `m1.sandbox.base.SealedSandbox`; boxes are kept by thread and outlive it, files do not.
 
     Args:
         limits: Defaults of every `exec`.
@@ -51,7 +51,7 @@ class PreparedSandbox:
         limits: Limits | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> ExecResult:
-        """Run a command; see `Sandbox.exec`."""
+        """Run a command; see `SealedSandbox.exec`."""
         files, limits = self._open_files(), limits or self._limits
         variables = {**bubblewrap.VARIABLES, "PWD": "/work", **(environment or {})}
         box = _box(self._purpose, limits)

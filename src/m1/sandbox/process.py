@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
+from m1.sandbox.base import OutputSink
+
 _STDERR_BYTES = 64 << 10
 _CHUNK = 1 << 16
 _DRAIN_SECONDS = 2.0
@@ -34,6 +36,7 @@ def collect(
     wall_seconds: float,
     output_bytes: int,
     kill: Callable[[], None],
+    on_output: OutputSink | None = None,
 ) -> Collected:
     """Drive the three pipes of a process; see `collect_pipes`. It has ended afterwards."""
     assert process.stdin and process.stdout and process.stderr
@@ -47,6 +50,7 @@ def collect(
             wall_seconds=wall_seconds,
             output_bytes=output_bytes,
             kill=kill,
+            on_output=on_output,
         )
     finally:
         os.close(exited)
@@ -63,13 +67,17 @@ def collect_pipes(
     wall_seconds: float,
     output_bytes: int,
     kill: Callable[[], None],
+    on_output: OutputSink | None = None,
 ) -> Collected:
     """Feed and read three pipes until `exited` can be read or a limit is met; then `kill`.
+
+    `on_output` sees each piece as it is kept.
 
     Reading goes on after the process has ended only as long as something comes: a child of it that
     holds a pipe open cannot hold us. The pipes are closed afterwards.
     """
     found = Collected()
+    show = _Shown(found, on_output)
     deadline = time.monotonic() + wall_seconds
     rest = memoryview(stdin)
     source, stdout, stderr = pipes
@@ -98,6 +106,7 @@ def collect_pipes(
                 ):
                     if stream in ready and not _read(stream.fileno(), buffer, limit):
                         selector.unregister(stream)
+                show.new()
                 if len(found.stdout) > output_bytes:
                     found.stopped_by = "output"
                     break
@@ -105,12 +114,35 @@ def collect_pipes(
                     break
         kill()
         _drain(stdout, stderr, found, output_bytes)
+        show.new(output_bytes)
     finally:
         for pipe in pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
     del found.stdout[output_bytes:]
     return found
+
+
+@dataclass
+class _Shown:
+    """How much of the output a sink has seen."""
+
+    found: Collected
+    sink: OutputSink | None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def new(self, output_bytes: int | None = None) -> None:
+        """Hand over what came since."""
+        if self.sink is None:
+            return
+        for name, buffer, limit in (
+            ("stdout", self.found.stdout, output_bytes),
+            ("stderr", self.found.stderr, None),
+        ):
+            piece = bytes(buffer[self.sizes.get(name, 0) : limit])
+            if piece:
+                self.sizes[name] = self.sizes.get(name, 0) + len(piece)
+                self.sink(name, piece)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

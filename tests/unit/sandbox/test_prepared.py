@@ -8,9 +8,9 @@ import pytest
 from m1.sandbox import bubblewrap, cgroup, prepared
 from m1.sandbox.base import MIB, Limits, SandboxError
 from m1.sandbox.box import PYTHON
-from m1.sandbox.bubblewrap import BubblewrapSandbox
-from m1.sandbox.opening import open_sandbox
+from m1.sandbox.opening import open_sealed
 from m1.sandbox.prepared import PreparedSandbox
+from m1.sandbox.sealed import SealedBubblewrap
 
 pytestmark = pytest.mark.skipif(
     prepared.failure() is not None, reason=f"no prepared sandbox here: {prepared.failure()}"
@@ -74,7 +74,7 @@ def run(sandbox, source, **options):
 
 def test_programs_end_as_they_do_in_an_interpreter_of_their_own(sandbox):
     differences = {}
-    with BubblewrapSandbox(limits=LIMITS) as cold:
+    with SealedBubblewrap(limits=LIMITS) as cold:
         for name, source in PROGRAMS.items():
             given = {"stdin": b"a\nb\n", "environment": {"LEVEL": "1"}}
             ours, wanted = (run(s, source, **given) for s in (sandbox, cold))
@@ -227,8 +227,8 @@ def test_a_closed_sandbox_refuses_and_names_are_plain(sandbox):
 
 
 def test_a_purpose_gets_a_prepared_sandbox_and_none_where_it_fails(monkeypatch):
-    assert isinstance(open_sandbox(purpose="program"), PreparedSandbox)
-    assert isinstance(open_sandbox(), BubblewrapSandbox)
+    assert isinstance(open_sealed(purpose="program"), PreparedSandbox)
+    assert isinstance(open_sealed(), SealedBubblewrap)
     monkeypatch.setattr(prepared, "failure", lambda: "no")
     if bubblewrap.failure() is None:
-        assert isinstance(open_sandbox(purpose="program"), BubblewrapSandbox)
+        assert isinstance(open_sealed(purpose="program"), SealedBubblewrap)
