@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from m1.sandbox import owner
 from m1.sandbox.base import MIB, SandboxError
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -54,7 +55,7 @@ def create(*, memory_mib: int, num_processes: int) -> Group | None:
     """A new group with these bounds, or None where none can be made."""
     if version() == 0:
         return None
-    name = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+    name = f"{_PREFIX}-{owner.tag()}-{next(_numbers)}"
     kind = GroupV2 if version() == 2 else GroupV1
     try:
         return kind(name, memory_mib, num_processes)
@@ -70,8 +71,7 @@ def sweep() -> int:
         return 0
     removed = 0
     for name in kind.names():
-        owner = name.split("-")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        if not owner.is_alive(name.split("-")[2]):
             group = kind.existing(name)
             group.kill()
             group.remove()

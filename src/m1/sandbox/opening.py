@@ -1,14 +1,14 @@
 """Which sandbox this machine can offer."""
 
 from m1.sandbox import bubblewrap
-from m1.sandbox.base import Limits, Sandbox, SandboxError
-from m1.sandbox.bubblewrap import BubblewrapSandbox
+from m1.sandbox.base import Limits, SandboxError, SealedSandbox
+from m1.sandbox.sealed import SealedBubblewrap
 from m1.sandbox.unprotected import UnprotectedProcess
 
 
-def open_sandbox(
+def open_sealed(
     *, limits: Limits | None = None, is_trusted: bool = False, is_strict: bool = False
-) -> Sandbox:
+) -> SealedSandbox:
     """A sandbox for untrusted programs, or where there is none a plain process for trusted ones.
 
     Args:
@@ -23,7 +23,7 @@ def open_sandbox(
     if reason is None and is_strict and bubblewrap.weaknesses():
         reason = "; ".join(bubblewrap.weaknesses())
     if reason is None:
-        return BubblewrapSandbox(limits=limits)
+        return SealedBubblewrap(limits=limits)
     if is_trusted:
         return UnprotectedProcess(limits=limits)
     raise SandboxError(f"untrusted programs cannot be isolated here: {reason}")

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from m1.sandbox.base import OutputSink
+
 _STDERR_BYTES = 64 << 10
 _CHUNK = 1 << 16
 _DRAIN_SECONDS = 2.0
@@ -30,13 +32,17 @@ def collect(
     wall_seconds: float,
     output_bytes: int,
     kill: Callable[[], None],
+    on_output: OutputSink | None = None,
 ) -> Collected:
     """Drive the three pipes until the process ends or a limit is met; `kill` then ends it.
+
+    `on_output` sees each piece as it is kept.
 
     Reading goes on after the process has ended only as long as something comes: a child of it that
     holds a pipe open cannot hold us.
     """
     found = Collected()
+    show = _Shown(found, on_output)
     deadline = time.monotonic() + wall_seconds
     rest = memoryview(stdin)
     exited = os.pidfd_open(process.pid)
@@ -66,6 +72,7 @@ def collect(
                 ):
                     if stream in ready and not _read(stream.fileno(), buffer, limit):
                         selector.unregister(stream)
+                show.new()
                 if len(found.stdout) > output_bytes:
                     found.stopped_by = "output"
                     break
@@ -73,6 +80,7 @@ def collect(
                     break
         kill()
         _drain(process, found, output_bytes)
+        show.new(output_bytes)
     finally:
         os.close(exited)
         if process.poll() is None:
@@ -83,6 +91,28 @@ def collect(
                 pipe.close()
     del found.stdout[output_bytes:]
     return found
+
+
+@dataclass
+class _Shown:
+    """How much of the output a sink has seen."""
+
+    found: Collected
+    sink: OutputSink | None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def new(self, output_bytes: int | None = None) -> None:
+        """Hand over what came since."""
+        if self.sink is None:
+            return
+        for name, buffer, limit in (
+            ("stdout", self.found.stdout, output_bytes),
+            ("stderr", self.found.stderr, None),
+        ):
+            piece = bytes(buffer[self.sizes.get(name, 0) : limit])
+            if piece:
+                self.sizes[name] = self.sizes.get(name, 0) + len(piece)
+                self.sink(name, piece)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from m1.sandbox import bubblewrap, cgroup, seccomp
 from m1.sandbox.base import MIB, Limits, SandboxError
-from m1.sandbox.bubblewrap import BubblewrapSandbox
-from m1.sandbox.opening import open_sandbox
+from m1.sandbox.opening import open_sealed
+from m1.sandbox.sealed import SealedBubblewrap
 from m1.sandbox.unprotected import UnprotectedProcess
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -18,7 +18,7 @@ PYTHON = ["/usr/bin/python3", "-I", "-S", "/work/p.py"]
 
 @pytest.fixture
 def sandbox():
-    with BubblewrapSandbox(limits=Limits(cpu_seconds=5, wall_seconds=20, memory_mib=256)) as opened:
+    with SealedBubblewrap(limits=Limits(cpu_seconds=5, wall_seconds=20, memory_mib=256)) as opened:
         yield opened
 
 
@@ -89,7 +89,7 @@ def test_file_names_cannot_leave_the_folder(sandbox, name):
 
 @needs_bubblewrap
 def test_a_closed_sandbox_refuses_and_has_no_folder():
-    opened = BubblewrapSandbox()
+    opened = SealedBubblewrap()
     folder = opened._folder
     opened.close()
     opened.close()
@@ -103,8 +103,8 @@ def test_without_bubblewrap_untrusted_programs_are_refused(monkeypatch):
     with pytest.raises(
         SandboxError, match="untrusted programs cannot be isolated here: bubblewrap"
     ):
-        open_sandbox()
-    with open_sandbox(is_trusted=True) as opened:
+        open_sealed()
+    with open_sealed(is_trusted=True) as opened:
         assert isinstance(opened, UnprotectedProcess)
         opened.write_file("p.py", b"print(input())")
         assert opened.exec(PYTHON, stdin=b"5\n").stdout == b"5\n"
@@ -114,7 +114,7 @@ def test_strict_opening_refuses_what_is_weaker_than_the_full_sandbox(monkeypatch
     monkeypatch.setattr(bubblewrap, "failure", lambda: None)
     monkeypatch.setattr(bubblewrap, "weaknesses", lambda: ("no control group",))
     with pytest.raises(SandboxError, match="no control group"):
-        open_sandbox(is_strict=True)
+        open_sealed(is_strict=True)
 
 
 @pytest.mark.skipif(not cgroup.version(), reason="no control group")
