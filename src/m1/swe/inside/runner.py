@@ -17,11 +17,20 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 _PR_SET_DUMPABLE = 4
 _MAX_CHILD_BYTES = 32 << 20
 _LOG_BYTES = 64 << 10
 _MAX_ATTEMPTS = 4
+_CHANGED_BY_PYTEST = frozenset({"_pytest.config.Config._getini_unknown_type"})  # its legacypath
+TEST_FOLDERS = frozenset({"test", "tests"})
+STEERING = frozenset(
+    {
+        "conftest.py", "sitecustomize.py", "usercustomize.py", "pytest.ini", ".pytest.ini",
+        "pytest.toml", ".pytest.toml", "tox.ini", "setup.cfg", "pyproject.toml", "PKG-INFO",
+    }
+)  # fmt: skip
 
 
 def main(job):
@@ -74,19 +83,15 @@ def apply_patch(patch):
 
 def prepare(job):
     """Remove what could steer the tests, then put the tests of grading in place."""
-    keep = set(job["keep"])
     for folder, names, files in os.walk("."):
         names[:] = [n for n in names if n != ".git"]
         for name in [n for n in names if n == "__pycache__" or os.path.islink(_join(folder, n))]:
-            if _join(folder, name) not in keep:
-                _remove(_join(folder, name))
-                names.remove(name)
+            _remove(_join(folder, name))
+            names.remove(name)
         for name in files:
             path = _join(folder, name)
-            if path not in keep and (_steers(path, job) or os.path.islink(path)):
+            if is_test(path) or steers(path, job["python_path"], job["site"]):
                 _remove(path)
-    for path in job["remove"]:
-        _remove(path)
     for path, (data, is_executable) in job["write"].items():
         _remove(path)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -99,25 +104,40 @@ def _join(folder, name):
     return os.path.normpath(os.path.join(folder, name))
 
 
-def _steers(path, job):
-    """Whether a file that is not the base tree's can change how tests run."""
-    name = os.path.basename(path)
-    if name in job["steering"] or name.endswith((".pth", ".pyc", ".so", ".pyd", ".egg-link")):
+def is_test(path):
+    """Whether a file of a tree belongs to its tests."""
+    *folders, name = path.split("/")
+    if TEST_FOLDERS.intersection(folders) or name == "conftest.py":
         return True
-    if any(part.endswith((".egg-info", ".dist-info")) for part in path.split(os.sep)):
+    stem, ending = os.path.splitext(name)
+    return ending == ".py" and (stem.startswith("test_") or stem.endswith("_test") or stem == "tests")
+
+
+def steers(path, python_path, site):
+    """Whether a file can change how tests run without being one of them.
+
+    Settings of pytest, hooks of the interpreter and of installed packages, compiled modules, and
+    modules that would stand before those of the standard library or the runner.
+    """
+    parts = path.split("/")
+    name = parts[-1]
+    if name in STEERING or name.endswith((".pth", ".pyc", ".so", ".pyd", ".egg-link")):
         return True
-    parts = path.split(os.sep)
-    roots = ["" if r == "." else r for r in job["python_path"]]
-    for root in roots:
-        rest = parts[len(root.split(os.sep)) :] if root else parts
-        if root and not path.startswith(root + os.sep):
+    if any(part.endswith((".egg-info", ".dist-info")) for part in parts):
+        return True
+    for root in {"", *("" if r == "." else r for r in python_path)}:
+        if root and not path.startswith(root + "/"):
             continue
-        top = rest[0].split(".")[0]
-        if top in sys.stdlib_module_names or os.path.exists(os.path.join(job["site"], top)):
+        rest = path[len(root) + 1 :] if root else path
+        top, _, below = rest.partition("/")
+        module = top if below else top[: -len(".py")] if top.endswith(".py") else None
+        if module is not None and (
+            module in sys.stdlib_module_names
+            or os.path.exists(os.path.join(site, module))
+            or os.path.exists(os.path.join(site, module + ".py"))
+        ):
             return True
-        if os.path.exists(os.path.join(job["site"], top + ".py")):
-            return True
-    return False
+    return os.path.islink(path)
 
 
 def _remove(path):
@@ -380,6 +400,12 @@ def _text(report):
     return text if len(text) <= 4000 else text[:1500] + "\n...\n" + text[-2500:]
 
 
+def _code(thing):
+    """The code of a function or method; None for anything else."""
+    inner = thing.__func__ if isinstance(thing, (staticmethod, classmethod)) else thing
+    return inner.__code__ if isinstance(inner, types.FunctionType) else None
+
+
 class watch:  # noqa: N801
     """Whether functions of pytest, unittest and builtins are still what they were at first."""
 
@@ -387,7 +413,7 @@ class watch:  # noqa: N801
         self.found = set()
         self.kept = []
         for name, thing in vars(builtins).items():
-            self.kept.append(("builtins." + name, builtins, name, thing, None))
+            self.kept.append(("builtins." + name, builtins, name, thing, _code(thing)))
         tops = ("pytest", "_pytest", "pluggy", "unittest")
         for label, module in sorted(sys.modules.items()):
             if label.split(".")[0] in tops and module is not None:
@@ -395,12 +421,11 @@ class watch:  # noqa: N801
 
     def _keep(self, label, owner, module):
         for name, thing in list(vars(owner).items()):
-            inner = getattr(thing, "__func__", thing)
-            code = getattr(inner, "__code__", None)
-            if code is not None or isinstance(thing, (staticmethod, classmethod, property)):
+            code = _code(thing)
+            if code is not None or isinstance(thing, property):
                 self.kept.append((label + "." + name, owner, name, thing, code))
             elif isinstance(thing, type) and thing.__module__ == module and owner is not thing:
-                self.kept.append((label + "." + name, owner, name, thing, None))
+                self.kept.append((label + "." + name, owner, name, thing, _code(thing)))
                 if not isinstance(owner, type):
                     self._keep(label + "." + name, thing, module)
 
@@ -408,7 +433,5 @@ class watch:  # noqa: N801
         """Compare once more."""
         for label, owner, name, thing, code in self.kept:
             now = vars(owner).get(name)
-            if now is not thing or (
-                code is not None and getattr(now, "__func__", now).__code__ is not code
-            ):
+            if (now is not thing or _code(now) is not code) and label not in _CHANGED_BY_PYTEST:
                 self.found.add(label)
