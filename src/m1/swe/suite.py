@@ -42,7 +42,10 @@ VARIABLES = {
     "NO_COLOR": "1",
 }
 """What makes two runs alike: time zone, hashes, locale."""
-_BOOT = "import sys;sys.path.remove('');exec(compile(sys.stdin.buffer.read({}),'runner','exec'))"
+_BOOT = (
+    "import sys;sys.path.remove('');__file__='{name}';"
+    "exec(compile(sys.stdin.buffer.read({size}),__file__,'exec'))"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class SuiteRun:
     problems: tuple[str, ...] = ()
     """Why the report cannot be believed; empty when it can."""
     changed: tuple[str, ...] = ()
-    """Functions of pytest, unittest or builtins that were replaced and may not be."""
+    """Signs of tampering: functions of pytest, unittest or builtins that were replaced, and looks
+    of the code under test at its tests or at the process that runs them."""
     infra_error: str | None = None
     """What failed on our side."""
     log: str = ""
@@ -130,7 +134,7 @@ def run_suite(
         "wall_seconds": limits.wall_seconds * 0.95,
     }
     source = _program()
-    command = [*_python(store, backend), "-s", "-S", "-c", _BOOT.format(len(source))]
+    command = [*_python(store, backend), "-s", "-S", "-c", _BOOT.format(size=len(source), name=job["function"])]
     try:
         with backend.open(layers_of(environment, store, backend), limits=limits) as sandbox:
             done = sandbox.exec(
@@ -216,7 +220,7 @@ def _read(done: ExecResult, expected: Mapping[str, str], environment: Environmen
     changed = tuple(sorted(replaced - set(environment.allowed_changes)))
     problems = _problems(attempts, outcomes, done)
     if changed:
-        problems = (*problems, f"replaced {', '.join(changed[:5])}")
+        problems = (*problems, f"tampering: {', '.join(changed[:5])}")
     return SuiteRun(
         tests=outcomes,
         is_patch_applied=True,

@@ -202,7 +202,7 @@ def _attempt(job, result, deadline):
         "status": status,
         "said_status": said.get("rc"),
         "is_complete": bool(state.end) and status == said.get("rc"),
-        "changed": [str(c)[:200] for c in said.get("changed", [])][:50],
+        "changed": sorted({*state.seen, *map(str, said.get("changed", []))})[:50],
         "interrupted": state.running,
         "stopped_by": stopped_by,
         "seconds": time.monotonic() - started,
@@ -214,6 +214,7 @@ class _State:
 
     def __init__(self, result):
         self.result, self.running, self.end, self.since = result, None, None, time.monotonic()
+        self.seen = set()
 
     def take(self, line):
         """One record; nonsense is left out."""
@@ -263,6 +264,10 @@ class _State:
     def on_error(self, record):
         self.result["errors"].append(str(record["message"])[:4000])
         del self.result["errors"][20:]
+
+    def on_seen(self, record):
+        if len(self.seen) < 50:
+            self.seen.add(str(record["what"])[:200])
 
     def on_end(self, record):
         self.end = record
@@ -348,7 +353,8 @@ def run_pytest(job, descriptor, done):
             data = data[write(descriptor, data) :]
 
     setattr(builtins, job["function"], lambda secret: send(k="proof", secret=secret))
-    changes = watch(builtins, unittest, pytest)
+    changes = watch(builtins)
+    sys.addaudithook(sentry(job, send))
     arguments = [
         *("-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "required_plugins="),
         *("--continue-on-collection-errors", "--assert=plain", "--rootdir", os.getcwd()),
@@ -400,6 +406,67 @@ def _text(report):
     return text if len(text) <= 4000 else text[:1500] + "\n...\n" + text[-2500:]
 
 
+_PEEKING = frozenset(
+    {
+        "sys._getframe", "sys._current_frames", "gc.get_objects", "gc.get_referrers",
+        "gc.get_referents", "sys.settrace", "sys.setprofile", "code.__new__", "os.kill", "os.killpg",
+        "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
+        "subprocess.Popen", "pty.spawn", "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata",
+    }
+)  # fmt: skip
+"""What a process does that reads or forges its own report, by the interpreter's audit events."""
+
+
+def sentry(job, send):
+    """An audit hook, which nothing can remove: tells when code under test looks at the tests.
+
+    The secrets of `proofs` lie in test files and in their functions' constants, and the way to the
+    supervisor in frames above. Whoever goes there is named by event and file. What the gold
+    solution does itself is allowed (`Environment.allowed_changes`).
+    """
+    tests = frozenset(os.path.abspath(p) for p in job["write"] if is_test(p) and p.endswith(".py"))
+    own = frozenset({__file__, "<string>"})
+    trusted = (os.path.dirname(os.__file__) + os.sep, job["site"] + os.sep, "<frozen ")
+    tree = job["tree"] + os.sep
+    frame_of, real, join, getcwd = sys._getframe, os.path.realpath, os.path.join, os.getcwd
+    text, decode = str, os.fsdecode
+    busy = [False]
+
+    def path_of(thing):
+        if isinstance(thing, (bytes, text)):
+            return real(join(getcwd(), decode(thing)))
+        return ""
+
+    def culprit(frame):
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name in tests or name in own:
+                return None
+            if not name.startswith(trusted):
+                return name[len(tree) :] if name.startswith(tree) else name
+            frame = frame.f_back
+        return "a thread"
+
+    def hook(event, arguments):
+        if busy[0]:
+            return
+        is_reading = event == "open" or event == "compile"
+        is_code = event == "object.__getattr__" and arguments[1] == "__code__"
+        if not (is_reading or is_code or event in _PEEKING):
+            return
+        busy[0] = True
+        try:
+            if is_reading and path_of(arguments[event == "compile"]) not in tests:
+                return
+            who = culprit(frame_of(1))
+            if who is not None:
+                send(k="seen", what="%s by %s" % (event, who))
+        finally:
+            busy[0] = False
+
+    return hook
+
+
 def _code(thing):
     """The code of a function or method; None for anything else."""
     inner = thing.__func__ if isinstance(thing, (staticmethod, classmethod)) else thing
@@ -409,7 +476,7 @@ def _code(thing):
 class watch:  # noqa: N801
     """Whether functions of pytest, unittest and builtins are still what they were at first."""
 
-    def __init__(self, builtins, unittest, pytest):
+    def __init__(self, builtins):
         self.found = set()
         self.kept = []
         for name, thing in vars(builtins).items():
