@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from m1 import cli_chat, cli_convert, cli_curate, cli_grade, cli_plan, cli_recipe, cli_serve
+from m1 import (
+    cli_chat,
+    cli_convert,
+    cli_curate,
+    cli_grade,
+    cli_plan,
+    cli_recipe,
+    cli_sandbox_swe,
+    cli_serve,
+)
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.types import M1Error
@@ -26,6 +35,9 @@ app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
+sandbox = typer.Typer(no_args_is_help=True, help="Software engineering tasks in sandboxes.")
+cli_sandbox_swe.register(sandbox)
+app.add_typer(sandbox, name="sandbox")
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")

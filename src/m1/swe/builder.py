@@ -103,7 +103,7 @@ def build_releases(
     environment = make_environment(base, fix, store, test_files=test_files)
     tree, commit = store.tree(with_metadata(base), base.executables)
     environment = environment.model_copy(update={"tree": tree})
-    before = run_suite(environment, store, backend, test_seconds=test_seconds)
+    before = run_suite(environment, store, backend, test_seconds=test_seconds, is_explained=True)
     after = run_suite(environment, store, backend, patch=gold, test_seconds=test_seconds)
     environment = environment.model_copy(update={"allowed_changes": after.changed})
     fail, keep, unproven = contrast(before, after)
@@ -114,8 +114,8 @@ def build_releases(
         problem_statement=problem_statement(fix, gold, before, fail),
         patch=gold,
         test_patch=tree_diff(_texts(tests_of(base.files)), _texts(tests_of(fix.files))),
-        FAIL_TO_PASS=fail,
-        PASS_TO_PASS=keep,
+        fail_to_pass=fail,
+        pass_to_pass=keep,
         version=base.sdist.version,
         license=fix.license or base.license,
         provenance={
@@ -170,7 +170,9 @@ def make_environment(
         tests=store.tests(tests),
         python_path=python_path(fix.files),
         test_files=tuple(chosen),
-        plugins=tuple(sorted(_PLUGINS[t] for t in present if _is_installed(_PLUGINS[t], installed))),
+        plugins=tuple(
+            sorted(_PLUGINS[t] for t in present if _is_installed(_PLUGINS[t], installed))
+        ),
         clock=None if b"freezegun" in imported or b"time_machine" in imported else 1_700_000_000.0,
     )
 
@@ -238,7 +240,9 @@ def _gold_patch(base: Mapping[str, bytes], fix: Mapping[str, bytes]) -> str:
     if not changed:
         raise Rejected("the package itself does not change between the releases")
     texts = [name for name in changed if _is_text(old.get(name)) and _is_text(new.get(name))]
-    patch = tree_diff({n: old[n] for n in texts if n in old}, {n: new[n] for n in texts if n in new})
+    patch = tree_diff(
+        {n: old[n] for n in texts if n in old}, {n: new[n] for n in texts if n in new}
+    )
     count = sum(
         line.startswith(("+", "-")) and not line.startswith(("+++", "---"))
         for line in patch.splitlines()
@@ -282,4 +286,3 @@ def _requirement_name(text: str) -> str:
 def _is_installed(module: str, installed: set[str]) -> bool:
     top = module.split(".")[0]
     return top in installed or f"{top}.py" in installed
-

@@ -3,17 +3,19 @@
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
-from m1.swe.inside.runner import STEERING, TEST_FOLDERS, is_test, steers
+from m1.swe.inside.trees import STEERING, TEST_FOLDERS, is_test, steers
 
 __all__ = ["STEERING", "TEST_FOLDERS", "is_source", "is_test", "python_path", "steers", "tests_of"]
 
 _ASIDE = frozenset(
     {
-        "doc", "docs", "example", "examples", "benchmark", "benchmarks", "bench", "scripts", "tools",
-        "requirements", "ci", ".github", "utils", "extras", "demo", "demos", "perf",
+        "doc", "docs", "example", "examples", "benchmark", "benchmarks", "bench", "scripts",
+        "tools", "requirements", "ci", ".github", "utils", "extras", "demo", "demos", "perf",
     }
 )  # fmt: skip
-_ROOT_SCRIPTS = frozenset({"setup.py", "noxfile.py", "tasks.py", "fabfile.py", "manage.py", "run.py"})
+_ROOT_SCRIPTS = frozenset(
+    {"setup.py", "noxfile.py", "tasks.py", "fabfile.py", "manage.py", "run.py"}
+)
 _TEXTS = (".md", ".rst", ".txt", ".lock", ".yml", ".yaml", ".cfg", ".ini", ".in")
 
 

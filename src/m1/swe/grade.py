@@ -1,4 +1,4 @@
-"""The verdict on a patch: a fresh tree, the tests put in only then, and a report that is checked."""
+"""The verdict on a patch: a fresh tree, tests put in only then, a report that is checked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,6 @@ from m1.swe.instance import Instance
 from m1.swe.store import EnvironmentStore
 from m1.swe.suite import LIMITS, SuiteRun, run_suite
 from m1.types import M1Error
-
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def regressions_negative(found: Grade) -> float:
 
 
 def partial_credit(found: Grade) -> float:
-    """1 when resolved; else half the share of mended tests, if nothing regressed. Not the paper's."""
+    """1 when resolved; else half the share of mended tests, if nothing regressed; not the paper."""
     if found.resolved:
         return 1.0
     return 0.5 * found.f2p_rate if found.p2p_rate == 1.0 else 0.0

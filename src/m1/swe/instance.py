@@ -86,9 +86,7 @@ def read_instances(path: Path) -> list[Instance]:
     Raises:
         M1Error: A row is none of them; names the line and what is wrong with it.
     """
-    return [
-        _parse(row, f"{path}, row {number}") for number, row in enumerate(_rows(path), start=1)
-    ]
+    return [_parse(row, f"{path}, row {number}") for number, row in enumerate(_rows(path), start=1)]
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:

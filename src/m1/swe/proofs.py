@@ -6,8 +6,8 @@ behind the last statement of every test function, and a test counts as passed on
 and its secret arrived while it ran. Who prints results, replaces pytest's functions, swallows
 exceptions or leaves the process early never reaches that line.
 
-The text is changed by inserting, so that comments and messages stay as they are, and line numbers too
-unless a test ends with a compound statement.
+The text is changed by inserting, so that comments and messages stay as they are, and line numbers
+too unless a test ends with a compound statement.
 """
 
 import ast

@@ -28,8 +28,9 @@ class Interpreter:
 
 
 def interpreter(store: "EnvironmentStore") -> Interpreter:
-    """The system's Python where it is of m1's version, since sandboxes see /usr; else a copy of
-    m1's own, made once in the store.
+    """The system's Python where it is of m1's version; else a copy of m1's own, made once.
+
+    Sandboxes see this machine's /usr, so the system's costs nothing.
     """
     system = _system_python()
     return Interpreter((system,)) if system else _copied(store)

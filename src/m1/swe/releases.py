@@ -151,7 +151,9 @@ class PackageIndex:
                 with PyPISimple(self._url) as client:
                     page = client.get_project_page(package, timeout=_TIMEOUT_SECONDS)
             except NoSuchProjectError:
-                raise ReleaseError(f"the index has no package {package!r}; check its name") from None
+                raise ReleaseError(
+                    f"the index has no package {package!r}; check its name"
+                ) from None
             except RequestException as error:
                 raise _unreachable(error) from error
             self._listed[package] = {

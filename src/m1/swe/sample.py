@@ -41,7 +41,7 @@ def count(text):
     """How many numbers a text names."""
     return len(parse(text))
 '''
-_OLD_TESTS = '''import pytest
+_OLD_TESTS = """import pytest
 
 from ranges import count, parse, write
 
@@ -63,10 +63,10 @@ def test_no_number():
 @pytest.mark.parametrize("text,number", [("1", 1), ("5,6", 2), (" 7 ,", 1)])
 def test_count(text, number):
     assert count(text) == number
-'''
+"""
 _NEW_TESTS = (
     _OLD_TESTS
-    + '''
+    + """
 
 def test_a_range_includes_its_end():
     assert parse("1-3,7") == [1, 2, 3, 7]
@@ -79,7 +79,7 @@ class TestWriting:
     def test_what_is_written_reads_back(self):
         for numbers in ([4], [1, 2], [1, 3, 5, 6]):
             assert parse(write(numbers)) == numbers
-'''
+"""
 )
 _CHANGES = """Changes
 =======
@@ -101,9 +101,7 @@ _NEW_CHANGES = """0.1.1
 def release(version: str) -> Release:
     """The project's files in version 0.1.0 or 0.1.1."""
     is_new = version == "0.1.1"
-    module = _MODULE.format(
-        stop=" + 1" if is_new else "", start="index" if is_new else "index - 1"
-    )
+    module = _MODULE.format(stop=" + 1" if is_new else "", start="index" if is_new else "index - 1")
     info = f"Metadata-Version: 2.1\nName: m1-ranges\nVersion: {version}\nLicense: Apache-2.0\n"
     files = {
         "ranges.py": module,

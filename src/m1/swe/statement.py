@@ -13,14 +13,17 @@ _CHANGELOG = re.compile(
     re.IGNORECASE,
 )
 _VERSION = re.compile(r"(?<![\w.])v?(\d+\.\d+(?:\.\d+)*)(?![\w])")
+_LEADING = re.compile(
+    r"^[\s#*=\-\[(]*(?:(?:version|release|changes|what'?s|new|in|for|notes|tag)\s+)*[:\[v]*\s*",
+    re.IGNORECASE,
+)
+"""What may stand before the version in a heading."""
 _MAX_CHARACTERS = 4000
 _MAX_TESTS = 5
 _SHORTEST_LEAK = 8
 
 
-def problem_statement(
-    fix: Release, gold: str, base_run: SuiteRun, failing: Sequence[str]
-) -> str:
+def problem_statement(fix: Release, gold: str, base_run: SuiteRun, failing: Sequence[str]) -> str:
     """What the newer release says was wrong, and what its tests see on the older one.
 
     Lines that hold a line the gold patch adds are left out.
@@ -29,13 +32,17 @@ def problem_statement(
     entry = changelog_entry(fix.files, fix.sdist.version)
     if entry:
         parts.append(f"The next release's notes say:\n\n{entry}")
-    seen = [_observation(test, base_run) for test in failing[:_MAX_TESTS]]
-    if seen:
-        parts.append("What goes wrong now:\n\n" + "\n".join(seen))
-    if len(failing) > _MAX_TESTS:
-        parts.append(f"{len(failing) - _MAX_TESTS} further behaviours fail likewise.")
+    parts.append(observations(failing, base_run))
     title = f"{fix.sdist.package}: behaviour to mend"
     return without_leaks("\n\n".join([title, *parts]), gold)[:_MAX_CHARACTERS].rstrip() + "\n"
+
+
+def observations(failing: Sequence[str], base_run: SuiteRun) -> str:
+    """What the failing tests see, without their text: their names in words and their errors."""
+    seen = [_observation(test, base_run) for test in failing[:_MAX_TESTS]]
+    if len(failing) > _MAX_TESTS:
+        seen.append(f"- and {len(failing) - _MAX_TESTS} more likewise.")
+    return "\n".join(["What goes wrong now:", "", *seen])
 
 
 def changelog_entry(files: dict[str, bytes], version: str) -> str:
@@ -59,9 +66,7 @@ def _heads(line: str, version: str) -> bool:
     if len(line) > 120 or line.startswith(("Version:", "Metadata-Version:", " " * 8)):
         return False
     versions = _VERSION.findall(line)
-    bare = line.strip().lstrip("#*=-[ ").lower()
-    is_first = bare.startswith((version, f"v{version}", "version", "release", "changes in"))
-    return version in versions[:1] and is_first
+    return version in versions[:1] and _LEADING.sub("", line).startswith(version)
 
 
 def _section(lines: Sequence[str], heading: str, version: str) -> str:
@@ -70,9 +75,8 @@ def _section(lines: Sequence[str], heading: str, version: str) -> str:
         kept.append(heading.strip())
     for line in lines:
         found = _VERSION.findall(line)
-        bare = line.strip().lstrip("#*=-[ v")
-        is_next = found and found[0] != version and bare.startswith(found[0])
-        if is_next or (found and found[0] != version and line.startswith(("#", "Version"))):
+        bare = _LEADING.sub("", line)
+        if found and found[0] != version and bare.startswith(found[0]):
             break
         if not re.fullmatch(r"[\s=\-~^*#+.]*", line):
             kept.append(line.rstrip())

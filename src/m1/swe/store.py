@@ -7,8 +7,8 @@
     archives/     source releases as downloaded
     index.jsonl   the instances
 
-Keys are digests of what is inside, so that equal layers exist once, and a folder is complete as soon
-as it has its name.
+Keys are digests of what is inside, so that equal layers exist once, and a folder is complete as
+soon as it has its name.
 """
 
 import compileall

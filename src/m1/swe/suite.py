@@ -18,7 +18,7 @@ from m1.sandbox.base import Backend, ExecResult, Limits, SandboxError, printable
 from m1.sandbox.base import Environment as Layers
 from m1.swe import proofs
 from m1.swe.files import is_test, steers
-from m1.swe.inside import runner
+from m1.swe.inside import child, runner, trees
 from m1.swe.instance import Environment
 from m1.swe.python import interpreter
 from m1.swe.store import EnvironmentStore
@@ -42,10 +42,16 @@ VARIABLES = {
     "NO_COLOR": "1",
 }
 """What makes two runs alike: time zone, hashes, locale."""
-_BOOT = (
-    "import sys;sys.path.remove('');__file__='{name}';"
-    "exec(compile(sys.stdin.buffer.read({size}),__file__,'exec'))"
-)
+_BOOT = """
+import sys
+sys.path.remove("")
+import json, types
+for name, source in json.loads(sys.stdin.buffer.readline()):
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__file__ = "{token}"
+    exec(compile(source, "{token}", "exec"), module.__dict__)
+module.main(json.loads(sys.stdin.buffer.read()))
+"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def run_suite(
     only: Collection[str] | None = None,
     test_seconds: float = 60.0,
     limits: Limits = LIMITS,
+    is_explained: bool = False,
 ) -> SuiteRun:
     """Apply a patch to a fresh tree, put the tests in place, run them.
 
@@ -123,6 +130,7 @@ def run_suite(
         only: Node ids to run; absent: all of the files.
         test_seconds: After which a single test is killed.
         limits: Of the sandbox.
+        is_explained: Have failed assertions show their values, for people; changes the tests' code.
     """
     tests = store.read("tests", environment.tests) if tests is None else tests
     job, expected = _job(environment, store, tests)
@@ -131,15 +139,16 @@ def run_suite(
         "files": sorted(files if files is not None else environment.test_files),
         "only": sorted(only) if only is not None else None,
         "test_seconds": test_seconds,
+        "assertions": "rewrite" if is_explained else "plain",
         "wall_seconds": limits.wall_seconds * 0.95,
     }
-    source = _program()
-    command = [*_python(store, backend), "-s", "-S", "-c", _BOOT.format(size=len(source), name=job["function"])]
+    boot = _BOOT.format(token=secrets.token_hex(8))
+    command = [*_python(store, backend), "-s", "-S", "-c", boot]
     try:
         with backend.open(layers_of(environment, store, backend), limits=limits) as sandbox:
             done = sandbox.exec(
                 command,
-                stdin=source + json.dumps(job).encode(),
+                stdin=_program() + json.dumps(job).encode(),
                 environment=VARIABLES,
             )
     except (SandboxError, OSError) as error:
@@ -149,8 +158,11 @@ def run_suite(
 
 @cache
 def _program() -> bytes:
-    """The runner, which reads its job from what follows it on standard input."""
-    return Path(runner.__file__).read_bytes() + b"\n\nmain(json.loads(sys.stdin.buffer.read()))\n"
+    """The modules that run inside, in order of import, as one line of JSON."""
+    modules = [["m1", ""], ["m1.swe", ""], ["m1.swe.inside", ""]]
+    for module in (trees, child, runner):
+        modules.append([module.__name__, Path(str(module.__file__)).read_text()])
+    return json.dumps(modules).encode() + b"\n"
 
 
 def _python(store: EnvironmentStore, backend: Backend) -> tuple[str, ...]:
