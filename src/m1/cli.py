@@ -67,7 +67,9 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="data, pretrain, sft, rl, evaluate or register.")],
+    name: Annotated[
+        str, typer.Argument(help="data, sandbox, pretrain, sft, rl, evaluate or register.")
+    ],
     recipe: Recipes,
     overrides: Overrides = None,
 ) -> None:

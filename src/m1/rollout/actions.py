@@ -77,6 +77,23 @@ def parse_action(reply: str) -> Command | Edit:
     kind, path, body = blocks[0]
     if kind != "edit":
         return Command(body)
+    return _as_edit(path, body)
+
+
+def parse_edits(reply: str) -> list[Edit]:
+    """All edits of a reply, in order; commands in it are passed over.
+
+    Raises:
+        ActionError: There is none, or a block is no edit.
+    """
+    blocks = _FENCE.findall(reply.rpartition("</think>")[2])
+    edits = [_as_edit(path, body) for kind, path, body in blocks if kind == "edit"]
+    if not edits:
+        raise ActionError("the answer holds no edit")
+    return edits
+
+
+def _as_edit(path: str, body: str) -> Edit:
     found = _EDIT.match(body)
     if not found or not path.strip():
         raise ActionError(

@@ -26,10 +26,11 @@ from m1.swe.suite import LIMITS, SITE, TREE, VARIABLES, layers_of
 
 _MAX_PATCH_BYTES = 4 << 20
 _MAX_FILE_BYTES = 4 << 20
-_DIFF = (
-    "git -c safe.directory='*' add -A -- . ':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' "
-    "&& git -c safe.directory='*' -c core.quotePath=false diff --cached --no-renames --no-color --no-ext-diff HEAD"
-)
+_DIFF = """
+git() { command git -c safe.directory='*' -c core.quotePath=false "$@"; }
+git add -A -- . ':(exclude,glob)**/__pycache__/**' ':(exclude,glob)**/.pytest_cache/**' &&
+git diff --cached --no-renames --no-color --no-ext-diff HEAD
+"""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ _LINK_OR_MODULE = re.compile(
     r"^(?:new file mode|new mode|deleted file mode|index \S+) (?:120000|160000)\s*$", re.MULTILINE
 )
 
+_PLAIN_GIT = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+
 
 class PatchError(M1Error):
     """A patch that is no unified diff, or that touches what no patch may touch."""
@@ -52,12 +54,44 @@ def tree_diff(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> str:
             [*command, *options, "a", "b"],
             cwd=folder,
             capture_output=True,
-            env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"},
+            env={**os.environ, **_PLAIN_GIT},
             check=False,
         )
     if found.returncode not in (0, 1):
         raise M1Error(f"git diff failed: {found.stderr.decode(errors='replace')}; is git sound?")
     return found.stdout.decode(errors="surrogateescape")
+
+
+def apply(patch: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files after a patch, by `git apply` on copies of those that it touches.
+
+    Raises:
+        PatchError: It is unsafe or does not apply.
+    """
+    names = {n for f in parse(patch) for n in (_stripped(f.source_file), _stripped(f.target_file))}
+    names.discard("/dev/null")
+    changed = dict(files)
+    with tempfile.TemporaryDirectory(prefix="m1-apply-") as folder:
+        for name in names & files.keys():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(files[name])
+        done = subprocess.run(
+            ["git", "apply", "--whitespace=nowarn", "-"],
+            cwd=folder,
+            input=patch.encode("utf-8", "surrogateescape"),
+            capture_output=True,
+            env={**os.environ, **_PLAIN_GIT, "GIT_CEILING_DIRECTORIES": str(Path(folder).parent)},
+            check=False,
+        )
+        if done.returncode:
+            raise PatchError(f"the patch does not apply: {done.stderr.decode(errors='replace')}")
+        for name in names:
+            path = Path(folder, name)
+            changed.pop(name, None)
+            if path.is_file():
+                changed[name] = path.read_bytes()
+    return changed
 
 
 def reverse(patch: str) -> str:

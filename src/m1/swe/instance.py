@@ -38,7 +38,7 @@ class Environment(_Record):
     clock: float | None = 1_700_000_000.0
     """Unix time at which the tests' clock starts; None leaves the real one."""
     allowed_changes: tuple[str, ...] = ()
-    """What would be signs of tampering, but the gold solution does it itself."""
+    """What would be signs of tampering, but the package does it itself, before or after gold."""
     unproven: tuple[str, ...] = ()
     """Tests that pass on gold without reaching their own last line; see `m1.swe.proofs`."""
 

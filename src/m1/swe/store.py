@@ -52,8 +52,8 @@ class EnvironmentStore:
     def site(self, requirements: Iterable[str] = ()) -> str:
         """Key of the layer with these requirements and the runner's, built if absent.
 
-        Wheels only, so that no code of a package runs here. Without an index, what is installed
-        beside m1 is copied, where it meets the requirements.
+        What is installed beside m1 is copied where it meets them all; otherwise pip fetches wheels,
+        and wheels only, so that no code of a package runs here.
 
         Raises:
             SiteError: They cannot be met.
@@ -185,6 +185,7 @@ def _digest(parts: Iterable[str]) -> str:
 def _commit(folder: Path) -> None:
     """Import a tree as the only commit of a repository."""
     _git(folder, "init", "-q", "-b", "main")
+    _git(folder, "config", "core.fileMode", "false")  # object stores keep no modes
     _git(folder, "add", "-A", "-f")
     _git(folder, "commit", "-q", "--allow-empty", "-m", "Import")
     for name in ("hooks", "logs", "branches", "description", "COMMIT_EDITMSG"):
@@ -218,6 +219,11 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _install(requirements: list[str], folder: Path) -> None:
+    """Copy what is installed beside m1, whose versions are pinned; else ask pip for wheels."""
+    found, missing = installed_closure(requirements)
+    if not missing:
+        copy_distributions(found, folder)
+        return
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--no-compile"),
         *("--disable-pip-version-check", "--only-binary", ":all:", "--target", str(folder)),
@@ -227,50 +233,55 @@ def _install(requirements: list[str], folder: Path) -> None:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_PIP_SECONDS
         )
-        error = done.stderr[-1500:]
-        if done.returncode == 0:
-            shutil.rmtree(folder / "bin", ignore_errors=True)
-            return
+        error = "" if done.returncode == 0 else done.stderr[-1500:].strip()
     except subprocess.TimeoutExpired:
         error = f"pip took more than {_PIP_SECONDS} s"
-    missing = copy_installed(requirements, folder)
-    if missing:
+    if error:
         raise SiteError(
-            f"{', '.join(requirements)} cannot be installed as wheels ({error.strip()}), and "
-            f"{', '.join(missing)} is not installed here either"
+            f"{', '.join(missing)} is not installed here, and pip finds no wheels: {error}"
         )
+    shutil.rmtree(folder / "bin", ignore_errors=True)
 
 
-def copy_installed(requirements: Iterable[str], folder: Path) -> list[str]:
-    """Copy installed packages and all they need into a folder; names of those not here.
+def installed_closure(
+    requirements: Iterable[str],
+) -> tuple[list[importlib.metadata.Distribution], list[str]]:
+    """Installed packages that requirements ask for, all they need included; and what is not here.
 
-    Console scripts are left out, and so is what only a marker or an extra asks for.
+    What only an extra asks for is left out.
     """
     waiting = [Requirement(text) for text in requirements]
-    seen: set[str] = set()
+    found: dict[str, importlib.metadata.Distribution] = {}
     missing = []
     while waiting:
         wanted = waiting.pop()
         name = str(canonicalize_name(wanted.name))
-        if name in seen or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
             continue
-        seen.add(name)
         try:
-            found = importlib.metadata.distribution(wanted.name)
+            package = importlib.metadata.distribution(wanted.name)
         except importlib.metadata.PackageNotFoundError:
             missing.append(str(wanted))
             continue
-        if not wanted.specifier.contains(found.version, prereleases=True):
-            missing.append(f"{wanted} ({found.version} is here)")
-            continue
-        for file in found.files or ():
-            source = Path(str(found.locate_file(file)))
+        if not wanted.specifier.contains(package.version, prereleases=True):
+            missing.append(f"{wanted} ({package.version} is here)")
+        elif wanted.extras:
+            missing.append(f"{wanted} (extras)")
+        elif name not in found:
+            found[name] = package
+            waiting += [Requirement(text) for text in package.requires or ()]
+    return list(found.values()), missing
+
+
+def copy_distributions(packages: Iterable[importlib.metadata.Distribution], folder: Path) -> None:
+    """Copy installed packages without their console scripts."""
+    for package in packages:
+        for file in package.files or ():
+            source = Path(str(package.locate_file(file)))
             if ".." not in file.parts and "__pycache__" not in file.parts and source.is_file():
                 target = folder / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-        waiting += [Requirement(text) for text in found.requires or ()]
-    return missing
 
 
 def requirements_of(metadata: Mapping[str, list[str]], *, package: str) -> list[str]:

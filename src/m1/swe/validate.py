@@ -71,7 +71,7 @@ def validate(
             if len(verdicts) > 1:
                 flaky.add(test)
         problems = {p for run in runs[side] for p in run.problems}
-        reasons += [f"{side}: {p}" for p in sorted(problems) if side == "gold"]
+        reasons += [f"{side}: {p}" for p in sorted(problems) if runs[side][0].tests]
     reasons += [f"flaky: {test}" for test in sorted(flaky)]
     for test in sorted({*instance.fail_to_pass} - flaky):
         if runs["base"][0].passed(test, unproven=unproven):
