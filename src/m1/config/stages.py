@@ -107,6 +107,7 @@ _NOT_COMPUTING = frozenset(
         "cli_convert.py",
         "cli_plan.py",
         "cli_recipe.py",
+        "cli_sandbox_swe.py",
         "config",
         "doctor.py",
         "doctor_remote.py",

@@ -14,7 +14,7 @@ _ASIDE = frozenset(
     }
 )  # fmt: skip
 _ROOT_SCRIPTS = frozenset(
-    {"setup.py", "noxfile.py", "tasks.py", "fabfile.py", "manage.py", "run.py"}
+    {"setup.py", "noxfile.py", "tasks.py", "fabfile.py", "manage.py", "run.py", "ez_setup.py"}
 )
 _TEXTS = (".md", ".rst", ".txt", ".lock", ".yml", ".yaml", ".cfg", ".ini", ".in")
 

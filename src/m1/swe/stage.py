@@ -1,4 +1,4 @@
-"""The sandbox stage: instances built, validated, and graded once with and without their solution."""
+"""The sandbox stage: instances built, validated, and graded with and without their solution."""
 
 import logging
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def sandbox(context: StageContext, recipe: Recipe) -> StageOutput:
     except SandboxError as error:
         raise M1Error(f"{error}; leave out [sandbox] to run without") from None
     store = EnvironmentStore(context.output)
-    context.phase("building")
+    context.phase("building", 0, 2)
     outcome, source = _build(config, store, backend)
     if not outcome.instances:
         raise M1Error(
@@ -52,7 +52,7 @@ def sandbox(context: StageContext, recipe: Recipe) -> StageOutput:
             + "; ".join(f"{r['name']}: {r['reason']}" for r in outcome.rejects)[:1000]
         )
     summary = building.write_outcome(context.output, outcome, store)
-    context.phase("grading")
+    context.phase("grading", 1, 2)
     grades = [
         check(instance, store, backend, test_seconds=config.test_seconds)
         for instance in outcome.instances
@@ -70,9 +70,8 @@ def sandbox(context: StageContext, recipe: Recipe) -> StageOutput:
 
 def load(folder: Path) -> BuiltInstances:
     """The instances in a finished stage's output; later stages read `context.path_of("sandbox")`."""
-    return BuiltInstances(
-        tuple(read_instances(folder / "instances.jsonl")), EnvironmentStore(folder)
-    )
+    instances = read_instances(folder / "instances.jsonl")
+    return BuiltInstances(tuple(instances), EnvironmentStore(folder))
 
 
 def check(
