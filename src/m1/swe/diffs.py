@@ -59,7 +59,9 @@ def tree_diff(old: Mapping[str, bytes], new: Mapping[str, bytes]) -> str:
         )
     if found.returncode not in (0, 1):
         raise M1Error(f"git diff failed: {found.stderr.decode(errors='replace')}; is git sound?")
-    return found.stdout.decode(errors="surrogateescape")
+    text = found.stdout.decode(errors="surrogateescape")
+    # For a file on one side only git names that side twice.
+    return re.sub(r"^diff --git [ab]/(.+) [ab]/\1$", r"diff --git a/\1 b/\1", text, flags=re.M)
 
 
 def apply(patch: str, files: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -69,7 +69,7 @@ def sandbox(context: StageContext, recipe: Recipe) -> StageOutput:
 
 
 def load(folder: Path) -> BuiltInstances:
-    """The instances in a finished stage's output; later stages read `context.path_of("sandbox")`."""
+    """The instances in a finished stage's output, `context.path_of("sandbox")` in later ones."""
     instances = read_instances(folder / "instances.jsonl")
     return BuiltInstances(tuple(instances), EnvironmentStore(folder))
 

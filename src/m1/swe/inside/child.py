@@ -21,6 +21,7 @@ def run_pytest(job, descriptor, done):
         del sys.modules[name]  # ours: no test finds them by name
     import builtins
     import site
+    import unittest  # noqa: F401  loaded before the tree's code, so that `watch` knows it
 
     import pytest
 
