@@ -81,7 +81,7 @@ def write_instances(path: Path, instances: Iterable[Instance]) -> None:
 
 
 def read_instances(path: Path) -> list[Instance]:
-    """Read JSONL (or a JSON array) in our layout or SWE-bench's, SWE-smith's or SWE-rebench's.
+    """Read JSONL, a JSON array or one JSON object in our layout or SWE-bench's, SWE-smith's or SWE-rebench's.
 
     Raises:
         M1Error: A row is none of them; names the line and what is wrong with it.
@@ -95,8 +95,12 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except OSError as error:
         raise M1Error(f"{path} cannot be read: {error.strerror}; check the path") from None
     try:
-        if text.lstrip().startswith("["):
-            yield from json.loads(text)
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError:
+            whole = None  # several lines, each an object
+        if whole is not None:
+            yield from whole if isinstance(whole, list) else [whole]
             return
         for line in text.splitlines():
             if line.strip():

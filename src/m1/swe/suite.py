@@ -21,6 +21,7 @@ from m1.swe.files import is_test, steers
 from m1.swe.inside import child, runner, trees
 from m1.swe.instance import Environment
 from m1.swe.python import interpreter
+from m1.swe.reach import reachable
 from m1.swe.store import EnvironmentStore
 
 TREE = "/work/tree"
@@ -97,12 +98,18 @@ class SuiteRun:
 
 def layers_of(environment: Environment, store: EnvironmentStore, backend: Backend) -> Layers:
     """What a sandbox of an instance begins with: its tree and its dependencies."""
-    site = {SITE: store.folder("sites", environment.site)}
-    tree = {TREE: store.folder("trees", environment.tree)}
+    site = store.folder("sites", environment.site)
+    tree = store.folder("trees", environment.tree)
     if backend.name != "bubblewrap":
-        return Layers(image=environment.image, layers={**tree, **site})
+        return Layers(image=environment.image, layers={TREE: tree, SITE: site})
     python = interpreter(store)
-    return Layers(layers=tree, read_only={**site, **python.mounts})
+    return Layers(
+        layers={TREE: reachable(tree, key=f"tree/{environment.tree}")},
+        read_only={
+            SITE: reachable(site, key=f"site/{environment.site}"),
+            **{path: reachable(f, key=f"python/{f.name}") for path, f in python.mounts.items()},
+        },
+    )
 
 
 def run_suite(
