@@ -15,6 +15,7 @@ from m1 import (
     cli_grade,
     cli_plan,
     cli_recipe,
+    cli_sandbox,
     cli_sandbox_swe,
     cli_serve,
 )
@@ -29,15 +30,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_recipe.app, name="recipe")
+cli_sandbox_swe.register(cli_sandbox.app)
+app.add_typer(cli_sandbox.app, name="sandbox")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
-sandbox = typer.Typer(no_args_is_help=True, help="Software engineering tasks in sandboxes.")
-cli_sandbox_swe.register(sandbox)
-app.add_typer(sandbox, name="sandbox")
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")

@@ -68,9 +68,15 @@ def test_a_known_good_trajectory_solves_the_instance(instance, store, backend):
     assert grade(instance, first.patch, store, backend).resolved
 
 
-def test_a_real_model_runs_to_its_budget(instance, store, backend, tiny_model, tiny_tokenizer):
+def test_a_real_model_runs_to_its_budget(
+    instance, store, backend, make_model, tiny_config, tiny_tokenizer
+):
     short = instance.model_copy(update={"problem_statement": "x"})
-    engine = LocalEngine(tiny_model, stop_token=tiny_tokenizer.end, num_tokens=64)
+    engine = LocalEngine(
+        make_model(tiny_config, vocab_size=tiny_tokenizer.vocab_size),
+        stop_token=tiny_tokenizer.end,
+        num_tokens=tiny_tokenizer.vocab_size,
+    )
     policy = EnginePolicy(engine, tiny_tokenizer, SamplingConfig(max_new_tokens=4), seed=1)
     begin = policy.begin
     policy.begin = lambda prompt, key: begin("one and two", key=key)  # its 256 positions

@@ -14,6 +14,8 @@ WORK = "/work"
 OutputSink = Callable[[str, bytes], None]
 """Called with `stdout` or `stderr` and the bytes that just came."""
 
+_SIGKILLED, _SIGXCPU = 128 + 9, 128 + 24
+_TICKS = 0.9
 _ESCAPES = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?"  # operating system command: title, clipboard, links
     r"|\x1b[PX^_].*?(?:\x1b\\|$)"  # device control and other strings
@@ -67,6 +69,14 @@ class ExecResult:
     stopped_by: str | None = None
     """`wall`, `cpu`, `memory`, `output` or `disk`: the limit that ended it; None when it ended
     itself."""
+
+
+def met_cpu_limit(limits: Limits, cpu_seconds: float, exit_code: int) -> bool:
+    """Whether processor time ended a command: the kernel's count may differ by a few ticks."""
+    was_killed = exit_code in (_SIGKILLED, _SIGXCPU)
+    return cpu_seconds > limits.cpu_seconds or (
+        was_killed and cpu_seconds > _TICKS * max(1.0, limits.cpu_seconds)
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,9 @@ class Sandbox(Protocol):
 
     def write_folder(self, path: str, source: Path) -> None:
         """Copy a folder of this machine to `path`, with modes and links, over what is there."""
+
+    def renew(self, seconds: float) -> None:
+        """Promise to be alive for so long from now; then a cluster ends the sandbox by itself."""
 
     def fork(self) -> Self:
         """Another sandbox that begins with all this one's files; later changes are apart."""

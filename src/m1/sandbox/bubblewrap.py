@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from m1.sandbox import cgroup, seccomp
-from m1.sandbox.base import MIB, WORK, ExecResult, Limits, OutputSink, SandboxError
+from m1.sandbox.base import MIB, WORK, ExecResult, Limits, OutputSink, SandboxError, met_cpu_limit
 from m1.sandbox.process import collect, kill_group
 from m1.sandbox.store import UNPRIVILEGED_ID
 
@@ -116,12 +116,15 @@ def _run(
     else:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    stopped_by = found.stopped_by or _stopped_by(limits, used, group)
-    if not has_begun and stopped_by is None and process.returncode > 0:
-        raise SandboxError(f"bubblewrap did not start: {found.stderr.decode(errors='replace')}")
     code = process.returncode
+    code = code if code >= 0 else 128 - code
+    stopped_by = found.stopped_by or _stopped_by(limits, used, group, code)
+    if not has_begun and stopped_by is None:
+        said = found.stderr.decode(errors="replace")[-300:]
+        ended = f"was killed from outside, status {code}" if code > 128 else "did not start"
+        raise SandboxError(f"bubblewrap {ended}: {said}")
     return ExecResult(
-        exit_code=code if code >= 0 else 128 - code,
+        exit_code=code,
         stdout=bytes(found.stdout),
         stderr=bytes(found.stderr),
         seconds=time.monotonic() - started,
@@ -185,6 +188,11 @@ def weaknesses() -> tuple[str, ...]:
         found.append(
             "no writable control group: memory and processor time are bounded for each process, "
             "not for all of them; run as root or set M1_CGROUP to a delegated group"
+        )
+    if os.geteuid() != 0:
+        found.append(
+            "not root: the number of files is not bounded, and bytes written are looked at after "
+            "each command only"
         )
     if seccomp.program() is None:
         found.append("no seccomp table for this machine: dangerous system calls are not filtered")
@@ -269,7 +277,7 @@ def _running(user: int) -> int:
     return total
 
 
-def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None) -> str | None:
+def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None, code: int) -> str | None:
     if group is not None and group.was_out_of_memory():
         return "memory"
-    return "cpu" if used > limits.cpu_seconds else None
+    return "cpu" if met_cpu_limit(limits, used, code) else None

@@ -72,7 +72,8 @@ def pack(source: Path) -> bytes:
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.add(source, arcname=".", filter=anonymous)
+        for path in sorted(source.iterdir()):
+            archive.add(path, arcname=path.name, filter=anonymous)
     return buffer.getvalue()
 
 

@@ -123,6 +123,9 @@ class BubblewrapSandbox(FilesByCommands):
             return replace(result, stopped_by=result.stopped_by or "disk")
         return result
 
+    def renew(self, seconds: float) -> None:
+        """Nothing to do: what this process leaves is known by its being dead."""
+
     def fork(self) -> "BubblewrapSandbox":
         """Another sandbox with all this one's files."""
         if self._is_closed:

@@ -1,9 +1,14 @@
-"""Which sandbox this machine can offer."""
+"""Which sandbox this machine or cluster can offer."""
+
+from collections.abc import Callable
 
 from m1.sandbox import bubblewrap
-from m1.sandbox.base import Limits, SandboxError, SealedSandbox
+from m1.sandbox.base import Backend, Limits, SandboxError, SealedSandbox
+from m1.sandbox.pods import ClusterConfig
 from m1.sandbox.sealed import SealedBubblewrap
 from m1.sandbox.unprotected import UnprotectedProcess
+
+BACKENDS = ("bubblewrap", "kubernetes", "agent-sandbox")
 
 
 def open_sealed(
@@ -27,3 +32,40 @@ def open_sealed(
     if is_trusted:
         return UnprotectedProcess(limits=limits)
     raise SandboxError(f"untrusted programs cannot be isolated here: {reason}")
+
+
+def open_backend(
+    name: str, *, cluster: ClusterConfig | None = None, is_strict: bool = True
+) -> Backend:
+    """A backend by its name.
+
+    Args:
+        name: One of `BACKENDS`.
+        cluster: Where and how, for those of a cluster.
+        is_strict: Refuse a machine or a namespace that isolates less than it should.
+
+    Raises:
+        SandboxError: There is no such backend, or it cannot be used here.
+    """
+
+    def local() -> Backend:
+        from m1.sandbox.local import BubblewrapBackend
+
+        return BubblewrapBackend(is_strict=is_strict)
+
+    def kubernetes() -> Backend:
+        from m1.sandbox.kubernetes import KubernetesBackend
+
+        return KubernetesBackend(cluster, is_strict=is_strict)
+
+    def agent_sandbox() -> Backend:
+        from m1.sandbox.agent_sandbox import AgentSandboxBackend
+
+        return AgentSandboxBackend(cluster, is_strict=is_strict)
+
+    openers: dict[str, Callable[[], Backend]] = dict(
+        zip(BACKENDS, (local, kubernetes, agent_sandbox), strict=True)
+    )
+    if name not in openers:
+        raise SandboxError(f"no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return openers[name]()

@@ -81,7 +81,7 @@ def write_instances(path: Path, instances: Iterable[Instance]) -> None:
 
 
 def read_instances(path: Path) -> list[Instance]:
-    """Read JSONL, a JSON array or one JSON object in our layout or SWE-bench's, SWE-smith's or SWE-rebench's.
+    """Read JSONL, a JSON array or one object, of ours, SWE-bench, SWE-smith or SWE-rebench.
 
     Raises:
         M1Error: A row is none of them; names the line and what is wrong with it.

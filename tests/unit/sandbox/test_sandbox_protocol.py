@@ -84,7 +84,8 @@ def test_output_is_seen_while_it_comes(sandbox):
     ],
 )
 def test_the_limit_that_ends_a_program_is_named_and_the_sandbox_goes_on(sandbox, source, limit):
-    limits = replace(LIMITS, cpu_seconds=1, wall_seconds=4, output_bytes=MIB)
+    wall = 3 if limit == "wall" else 15
+    limits = replace(LIMITS, cpu_seconds=1, wall_seconds=wall, output_bytes=MIB)
     result = sandbox.exec([*PYTHON, source], limits=limits)
     assert result.stopped_by == limit
     assert result.exit_code != 0
@@ -95,7 +96,8 @@ def test_the_limit_that_ends_a_program_is_named_and_the_sandbox_goes_on(sandbox,
 def test_writes_are_bounded_over_all_commands(sandbox):
     fill = "head -c 20M /dev/zero > /tmp/$0"
     assert sandbox.exec(["sh", "-c", fill, "a"]).exit_code == 0
-    assert sandbox.exec(["sh", "-c", fill, "b"]).exit_code != 0
+    result = sandbox.exec(["sh", "-c", fill, "b"])
+    assert result.exit_code != 0 or result.stopped_by == "disk"
 
 
 def test_files_get_their_folders_and_modes(sandbox):

@@ -22,6 +22,7 @@ _PR_SET_DUMPABLE = 4
 _MAX_CHILD_BYTES = 32 << 20
 _LOG_BYTES = 64 << 10
 _MAX_ATTEMPTS = 4
+_COLLECTING_SECONDS = 120.0
 
 
 def main(job):
@@ -151,7 +152,7 @@ class _State:
         if test["outcome"] == "running":
             is_whole = {"setup", "call", "teardown"} <= set(test["passed"])
             test["outcome"] = "passed" if is_whole else "failed"
-        self.running = None
+        self.running, self.since = None, time.monotonic()
 
     def on_error(self, record):
         self.result["errors"].append(str(record["message"])[:4000])
@@ -174,7 +175,10 @@ def _listen(job, state, log, report_in, log_in, deadline):
     state.since = time.monotonic()
     while is_open:
         now = time.monotonic()
-        limit = min(deadline, state.since + job["test_seconds"])
+        seconds = job["test_seconds"]
+        if state.running is None:  # starting, collecting
+            seconds = max(seconds, _COLLECTING_SECONDS)
+        limit = min(deadline, state.since + seconds)
         if now >= limit:
             return "wall" if now >= deadline else "test"
         for descriptor, _ in poller.poll(max(1, int((limit - now) * 1000))):
