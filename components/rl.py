@@ -11,10 +11,14 @@ def rl(
     pretrain: Input[Model],
     output: Output[Model],
     sft: Input[Model] | None = None,
+    sandbox: Input[Dataset] | None = None,
 ) -> None:
     """Reinforcement learning with CISPO."""
     from m1.launch import run_component
 
     run_component(
-        "rl", recipe, inputs={"data": data, "pretrain": pretrain, "sft": sft}, output=output
+        "rl",
+        recipe,
+        inputs={"data": data, "sandbox": sandbox, "pretrain": pretrain, "sft": sft},
+        output=output,
     )

@@ -1,4 +1,7 @@
-"""The DAG: data -> pretrain -> sft -> rl -> evaluate -> register, as far as the recipe has them."""
+"""The DAG: data -> pretrain -> sft -> rl -> evaluate -> register, as far as the recipe has them.
+
+Beside data, `sandbox` builds environments for rl and evaluate.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +13,14 @@ from components.evaluate import evaluate
 from components.pretrain import pretrain
 from components.register import register
 from components.rl import rl
+from components.sandbox import sandbox
 from components.sft import sft
 from m1.config.schema import Recipe
 from m1.launch import stage_recipe
 
 TITLES = {
     "data": "Data",
+    "sandbox": "Environments",
     "pretrain": "Continual pretraining",
     "sft": "SFT",
     "rl": "RL (CISPO)",
@@ -40,13 +45,16 @@ def build_pipeline(recipe: Recipe) -> Callable[..., Any]:
     @dsl.pipeline(name=f"m1-{recipe.name}", description="MiniMax-M1 training")  # type: ignore[untyped-decorator]
     def m1() -> None:
         corpus = task(data, "data").outputs["output"]
+        environments = {}
+        if recipe.sandbox is not None:
+            environments["sandbox"] = task(sandbox, "sandbox").outputs["output"]
         models = {"pretrain": task(pretrain, "pretrain", data=corpus).outputs["output"]}
         if recipe.sft is not None:
             models["sft"] = task(sft, "sft", data=corpus, **models).outputs["output"]
         if recipe.rl is not None:
-            models["rl"] = task(rl, "rl", data=corpus, **models).outputs["output"]
+            models["rl"] = task(rl, "rl", data=corpus, **environments, **models).outputs["output"]
         if recipe.evaluate is not None:
-            task(evaluate, "evaluate", data=corpus, **models)
+            task(evaluate, "evaluate", data=corpus, **environments, **models)
         if recipe.register_ is not None:
             task(register, "register", data=corpus, **models)
 

@@ -16,6 +16,7 @@ from m1 import (
     cli_plan,
     cli_recipe,
     cli_sandbox,
+    cli_sandbox_swe,
     cli_serve,
 )
 from m1.config.loading import load_recipe
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_recipe.app, name="recipe")
+cli_sandbox_swe.register(cli_sandbox.app)
 app.add_typer(cli_sandbox.app, name="sandbox")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
@@ -66,7 +68,9 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="data, pretrain, sft, rl, evaluate or register.")],
+    name: Annotated[
+        str, typer.Argument(help="data, sandbox, pretrain, sft, rl, evaluate or register.")
+    ],
     recipe: Recipes,
     overrides: Overrides = None,
 ) -> None:

@@ -18,6 +18,7 @@ from m1.types import M1Error, Pointer
 
 BODIES = {
     "data": "m1.data.stage:data",
+    "sandbox": "m1.swe.stage:sandbox",
     "pretrain": "m1.train.supervised:pretrain",
     "sft": "m1.train.supervised:sft",
     "rl": "m1.train.rl:rl",
@@ -55,7 +56,7 @@ def run_body(name: str, context: StageContext, recipe: Recipe) -> StageOutput:
     """Import a stage's body and run it."""
     module, _, function = BODIES[name].partition(":")
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
-    if name != "data":
+    if name not in ("data", "sandbox"):  # these do without torch
         importlib.import_module("m1.model.cpu").without_compilation()
     body: StageBody = getattr(importlib.import_module(module), function)
     return body(context, recipe)

@@ -34,6 +34,7 @@ from m1.config.model_tables import (
     MoeConfig,
     ResidualConfig,
 )
+from m1.config.sandbox_tables import PairConfig, SandboxConfig
 from m1.config.training_tables import (
     DynamicSamplingConfig,
     LossConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "MoeConfig",
     "OptimizerConfig",
+    "PairConfig",
     "ParallelConfig",
     "PretrainConfig",
     "Recipe",
@@ -72,6 +74,7 @@ __all__ = [
     "RewardConfig",
     "RlConfig",
     "SamplingConfig",
+    "SandboxConfig",
     "ScheduleConfig",
     "SftConfig",
     "SourceConfig",
@@ -163,6 +166,8 @@ class Recipe(Config):
     """Lineage store."""
     data: DataConfig
     """Data stage."""
+    sandbox: SandboxConfig | None = None
+    """Environments for software engineering tasks; absent: none."""
     model: ModelConfig
     """Architecture."""
     pretrain: PretrainConfig

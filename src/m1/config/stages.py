@@ -27,11 +27,13 @@ class StageSpec:
 
 STAGES: dict[str, StageSpec] = {
     "data": StageSpec(fields=("seed", "data"), parents=()),
+    "sandbox": StageSpec(fields=("sandbox",), parents=()),
     "pretrain": StageSpec(fields=("seed", "model", "pretrain"), parents=("data",)),
     "sft": StageSpec(fields=("seed", "model", "sft"), parents=("data", "pretrain")),
-    "rl": StageSpec(fields=("seed", "model", "rl"), parents=("data", "pretrain", "sft")),
+    "rl": StageSpec(fields=("seed", "model", "rl"), parents=("data", "sandbox", "pretrain", "sft")),
     "evaluate": StageSpec(
-        fields=("seed", "model", "evaluate"), parents=("data", "pretrain", "sft", "rl")
+        fields=("seed", "model", "evaluate"),
+        parents=("data", "sandbox", "pretrain", "sft", "rl"),
     ),
     "register": StageSpec(fields=("model", "register"), parents=("data", "pretrain", "sft", "rl")),
 }
@@ -106,6 +108,7 @@ _NOT_COMPUTING = frozenset(
         "cli_convert.py",
         "cli_plan.py",
         "cli_recipe.py",
+        "cli_sandbox_swe.py",
         "config",
         "doctor.py",
         "doctor_remote.py",

@@ -9,8 +9,8 @@ from typing import Any
 
 from m1.sandbox import pods
 from m1.sandbox.base import Limits
-from m1.sandbox.kubernetes import PodBackend
 from m1.sandbox.pods import ClusterConfig
+from m1.sandbox.podsandbox import PodBackend
 
 GROUP, VERSION, PLURAL = "agents.x-k8s.io", "v1beta1", "sandboxes"
 

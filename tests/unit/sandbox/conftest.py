@@ -7,6 +7,9 @@ from sandbox_limits import LIMITS
 
 from m1.sandbox import bubblewrap
 from m1.sandbox.agent_sandbox import AgentSandboxBackend
+from m1.sandbox.base import Environment
+from m1.sandbox.farm.metrics import FarmMetrics
+from m1.sandbox.farm.warm import WarmPool
 from m1.sandbox.kubernetes import KubernetesBackend
 from m1.sandbox.local import BubblewrapBackend
 from m1.sandbox.pods import ClusterConfig
@@ -56,7 +59,17 @@ def backend(request):
     return request.getfixturevalue(f"{request.param.replace('-', '_')}_backend")
 
 
+@pytest.fixture(scope="module")
+def ahead(backend):
+    """Pods take a second to start: a few are opened while other tests run."""
+    size = 0 if backend.name == "bubblewrap" else 3
+    pool = WarmPool(backend, FarmMetrics(backend.name), size=size, max_environments=1)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
-def sandbox(backend):
-    with backend.open(limits=LIMITS) as opened:
+def sandbox(backend, ahead):
+    opened = ahead.take(Environment(), LIMITS) or backend.open(limits=LIMITS)
+    with opened:
         yield opened
