@@ -1,6 +1,6 @@
 """Runs the rl stage and kills it with SIGKILL in given phases; `rl_kills.py JOB.json`.
 
-Imports once, also what the stage itself imports late, then forks a process for every attempt. What a job holds: `root`, `sets` (overrides of
+Imports once, then forks a process for every attempt. What a job holds: `root`, `sets` (overrides of
 the miniature recipe) and `kills` ([phase, steps done] each); afterwards the stage runs to its end.
 """
 

@@ -153,7 +153,7 @@ def test_an_error_of_a_sampling_thread_reaches_the_trainer(tmp_path):
         opened(broken, tmp_path).next(step=0, version=0)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=4))
 def test_after_any_deaths_every_group_is_trained_on_once_and_no_finished_one_is_sampled_again(
     tmp_path_factory, lives
