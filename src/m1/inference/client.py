@@ -139,6 +139,8 @@ class HttpEngine:
         Raises:
             M1Error: The server refuses a request; `EngineUnavailableError`: it does not answer.
         """
+        if len(requests) == 1:
+            return [self._one(requests[0], sampling)]
         with ThreadPoolExecutor(self.max_requests) as threads:
             return list(threads.map(lambda r: self._one(r, sampling), requests))
 

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -62,7 +61,6 @@ class AsyncRollouts:
         """Tickets used up since each of the last states, the newest last."""
         self._failure: BaseException | None = None
         self._is_closed = False
-        self._threads = ThreadPoolExecutor(self.window, thread_name_prefix="rollout")
         if state:
             self._next_ticket = int(state["next_ticket"])
             known = {int(number): Task(**task) for number, task in state["open"]}
@@ -123,11 +121,10 @@ class AsyncRollouts:
         return {"next_ticket": self._next_ticket, "open": found}
 
     def close(self) -> None:
-        """Issue no more; threads that wait for the engine end when it is closed."""
+        """Take no more; threads that wait for the engine end with it, or with this process."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _why_none(self, groups: list[RolloutGroup], num_stale: int) -> str:
         if num_stale <= len(groups) / 2:
@@ -162,7 +159,8 @@ class AsyncRollouts:
             if known is not None:
                 self._finished[ticket] = known
         if known is None:
-            self._threads.submit(self._work, ticket, task)
+            # Not a pool's thread, for which the interpreter would wait at its end.
+            threading.Thread(target=self._work, args=(ticket, task), daemon=True).start()
 
     def _work(self, ticket: int, task: Task) -> None:
         try:

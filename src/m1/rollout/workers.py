@@ -98,8 +98,8 @@ class WorkerPool:
         Raises:
             M1Error: A request is refused, or found no worker that would answer it.
         """
-        if not requests:
-            return []
+        if len(requests) < 2:
+            return [self._one(request, sampling) for request in requests]
         with ThreadPoolExecutor(min(len(requests), _MAX_REQUESTS)) as threads:
             return list(threads.map(lambda request: self._one(request, sampling), requests))
 
@@ -126,13 +126,17 @@ class WorkerPool:
                     future.result()
 
     def close(self) -> None:
-        """End the workers that were started here, and whatever is under way."""
+        """End the workers that were started here; requests under way find no other.
+
+        One that waits for a given server goes on until that answers, in its caller's thread.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         for slot in self._slots:
             slot.worker.close()
-            if slot.engine is not None:
+            # A connection that is closed under a thread that reads from it may leave it waiting.
+            if slot.engine is not None and not slot.num_open:
                 slot.engine.close()
 
     def _one(self, request: Request, sampling: SamplingConfig) -> list[Completion]:
@@ -144,10 +148,6 @@ class WorkerPool:
             except EngineUnavailableError as refused:
                 error = refused
                 self._bury(slot, engine, refused)
-            except RuntimeError as closed:  # httpx, of a client that `close` has closed
-                if not self._is_closed:
-                    raise
-                raise PoolClosedError("the workers were closed") from closed
             finally:
                 with self._changed:
                     slot.num_open -= 1
