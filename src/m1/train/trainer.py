@@ -15,10 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
@@ -26,6 +25,7 @@ from m1.model import checkpoint
 from m1.model.build import build_model
 from m1.model.cpu import single_threaded
 from m1.model.saving import BackgroundSaves, Saving
+from m1.train.megatron_setup import accumulate_in_products, check_order, finalize
 from m1.train.microbatch import MicroBatch
 from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
@@ -56,32 +56,6 @@ def cross_entropy(
     return loss, {"loss": loss.detach()}
 
 
-def _finalize(*args: Any, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, which on CPUs runs in gloo's threads."""
-    with single_threaded():
-        finalize_model_grads(*args, **kwargs)
-
-
-def _check_order(optimizer: MegatronOptimizer) -> None:
-    """Raise if megatron would look up a parameter's main weight under another's place."""
-    for part in optimizer.chained_optimizers:
-        for parameter, (group, place) in part.model_param_group_index_map.items():
-            found = part.optimizer.param_groups[group]["params"][place].numel()
-            here = part._get_model_param_range_map(parameter)["param"]
-            if found != here.end - here.start:
-                raise RuntimeError("megatron-core orders parameters of mixed types another way")
-
-
-def _accumulate_in_products(module: torch.nn.Module) -> None:
-    """Let Transformer Engine's products add weight gradients to the FP32 buffer themselves.
-
-    megatron's own switch for this also asks its plain layers, which need Apex for it.
-    """
-    for part in module.modules():
-        if hasattr(part, "fuse_wgrad_accumulation"):
-            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-
-
 class Trainer:
     """A model under megatron-core's DDP and optimizer. Requires `m1.model.parallel.initialize`."""
 
@@ -106,7 +80,7 @@ class Trainer:
             ),
             module,
         )
-        _accumulate_in_products(module)
+        accumulate_in_products(module)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -123,8 +97,8 @@ class Trainer:
             ),
             [self.module],
         )
-        _check_order(self.optimizer)
-        config.finalize_model_grads_func = _finalize
+        check_order(self.optimizer)
+        config.finalize_model_grads_func = finalize
         config.no_sync_func = self.module.no_sync
         self._forward_backward = get_forward_backward_func()
         self._saves = BackgroundSaves()
