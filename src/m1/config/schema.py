@@ -3,8 +3,8 @@
 Importable without torch. One TOML file holds one recipe; `m1.config.loading` reads it. Each stage
 sees only its own table and the ones named in `m1.config.stages`, so that a change re-runs exactly
 the stages it can affect. A validator's message begins with the field it is about, so that the
-loader can put the table's path before it. The tables are in `data_tables`, `model_tables` and
-`training_tables`; the rest of the code imports them from here.
+loader can put the table's path before it. The tables are in `data_tables`, `model_tables`,
+`training_tables` and `rl_tables`; the rest of the code imports them from here.
 """
 
 from typing import Annotated, Self
@@ -34,15 +34,21 @@ from m1.config.model_tables import (
     MoeConfig,
     ResidualConfig,
 )
-from m1.config.sandbox_tables import PairConfig, SandboxConfig
-from m1.config.training_tables import (
+from m1.config.rl_tables import (
+    AdvantageConfig,
+    AlarmConfig,
     DynamicSamplingConfig,
     LossConfig,
+    RewardConfig,
+    RewardServiceConfig,
+    RolloutConfig,
+)
+from m1.config.sandbox_tables import PairConfig, SandboxConfig
+from m1.config.training_tables import (
     OptimizerConfig,
     ParallelConfig,
     PretrainConfig,
     RepetitionStopConfig,
-    RewardConfig,
     RlConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -51,6 +57,8 @@ from m1.config.training_tables import (
 )
 
 __all__ = [
+    "AdvantageConfig",
+    "AlarmConfig",
     "BenchmarkConfig",
     "BranchScales",
     "CleaningConfig",
@@ -72,7 +80,9 @@ __all__ = [
     "RepetitionStopConfig",
     "ResidualConfig",
     "RewardConfig",
+    "RewardServiceConfig",
     "RlConfig",
+    "RolloutConfig",
     "SamplingConfig",
     "SandboxConfig",
     "ScheduleConfig",
