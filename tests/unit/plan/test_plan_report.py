@@ -1,6 +1,7 @@
 """Workloads of the stages, warnings, and the shape of the JSON."""
 
 import inspect
+import math
 
 import pytest
 
@@ -26,13 +27,20 @@ def test_pretraining_trains_each_token_of_the_batch_once(m1_456b) -> None:
 
 
 def test_rl_samples_scores_and_trains_every_completion_once(m1_456b) -> None:
-    workload = workload_of(m1_456b, "rl")
+    workload = workload_of(m1_456b, "rl_40960")
     tokens = 512 * 16 * 40_960
     work = workload.work
     assert (work.sampled, work.scored, work.trained) == (tokens, tokens, tokens)
-    assert workload.batch.num_micro_batches == tokens // 16 // 2 // 65_536
-    flops = make_plan(m1_456b, Options(stage="rl")).flops
-    assert make_plan(m1_456b, Options(stage="rl")).cost.flops_per_step == 5 * tokens * flops.forward
+    assert workload.batch.num_micro_batches == math.ceil(tokens / 16 / 2 / 98_304)
+    plan = make_plan(m1_456b, Options(stage="rl_40960"))
+    assert plan.cost.flops_per_step == 5 * tokens * plan.flops.forward
+
+
+def test_rl_of_several_lengths_is_planned_at_the_longest(m1_456b) -> None:
+    workload = workload_of(m1_456b, "rl")
+    assert workload == workload_of(m1_456b, "rl_81920")
+    assert workload.sequence_length == 81_920
+    assert workload.num_steps == 300
 
 
 def test_rl_decodes_as_many_sequences_as_the_engine_holds(m1_456b, laptop) -> None:
