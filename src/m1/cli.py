@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from m1 import cli_chat, cli_convert, cli_curate, cli_grade, cli_plan, cli_recipe, cli_serve
+from m1 import (
+    cli_chat,
+    cli_convert,
+    cli_curate,
+    cli_grade,
+    cli_plan,
+    cli_recipe,
+    cli_rollouts,
+    cli_serve,
+)
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.types import M1Error
@@ -20,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_recipe.app, name="recipe")
+app.add_typer(cli_rollouts.app, name="rollouts")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_serve.serve)

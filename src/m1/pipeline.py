@@ -17,7 +17,7 @@ from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import image_digest, recipe_hash, stage_hashes, stage_kind, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import METRICS, PROBABILITIES, local_root, pointer_key, read_metrics
+from m1.stage import METRICS, PROBABILITIES, ROLLOUTS, local_root, pointer_key, read_metrics
 from m1.storage import atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
@@ -119,7 +119,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write summary.json, report.html and the lineage page, and end the MLflow run."""
     from m1.evaluate.figures import joined_stages, render_figures
-    from m1.evaluate.report import write_report
+    from m1.evaluate.report import sample_rollouts, write_report
     from m1.tracking.lineage import finish_pipeline, lineage_page, link_cached_stage
 
     pointers = finished_stages(recipe)
@@ -149,6 +149,9 @@ def conclude(
         probabilities=probabilities,
         recipe_json=recipe_json(recipe),
         pointers=pointers,
+        rollouts=sample_rollouts(_stage_folder(recipe, reinforced[-1]) / ROLLOUTS)
+        if reinforced
+        else (),
     )
     atomic_write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     finish_pipeline(

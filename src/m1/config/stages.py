@@ -178,6 +178,7 @@ _NOT_COMPUTING = frozenset(
         "cli_convert.py",
         "cli_plan.py",
         "cli_recipe.py",
+        "cli_rollouts.py",
         "config",
         "doctor.py",
         "doctor_remote.py",
