@@ -3,8 +3,8 @@
 Importable without torch. One TOML file holds one recipe; `m1.config.loading` reads it. Each stage
 sees only its own table and the ones named in `m1.config.stages`, so that a change re-runs exactly
 the stages it can affect. A validator's message begins with the field it is about, so that the
-loader can put the table's path before it. The tables are in `data_tables`, `model_tables` and
-`training_tables`; the rest of the code imports them from here.
+loader can put the table's path before it. The tables are in `data_tables`, `model_tables`,
+`training_tables` and `rl_tables`; the rest of the code imports them from here.
 """
 
 from typing import Annotated, Self
@@ -43,14 +43,20 @@ from m1.config.rl_course_tables import (
     TraceConfig,
     WeightPoint,
 )
-from m1.config.training_tables import (
+from m1.config.rl_tables import (
+    AdvantageConfig,
+    AlarmConfig,
     DynamicSamplingConfig,
     LossConfig,
+    RewardConfig,
+    RewardServiceConfig,
+    RolloutConfig,
+)
+from m1.config.training_tables import (
     OptimizerConfig,
     ParallelConfig,
     PretrainConfig,
     RepetitionStopConfig,
-    RewardConfig,
     RlConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -59,6 +65,8 @@ from m1.config.training_tables import (
 )
 
 __all__ = [
+    "AdvantageConfig",
+    "AlarmConfig",
     "BenchmarkConfig",
     "BranchScales",
     "CleaningConfig",
@@ -84,7 +92,9 @@ __all__ = [
     "RepetitionStopConfig",
     "ResidualConfig",
     "RewardConfig",
+    "RewardServiceConfig",
     "RlConfig",
+    "RolloutConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "SftConfig",

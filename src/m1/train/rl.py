@@ -20,7 +20,7 @@ from m1.stage import PROBABILITIES, StageContext, StageOutput
 from m1.storage import atomic_write
 from m1.train.advantage import group_advantages, is_informative
 from m1.train.batches import TrainSample, pack_samples, row_order
-from m1.train.losses import policy_loss, token_weights
+from m1.train.losses import policy_loss, settings_of, token_weights
 from m1.train.microbatch import MicroBatch
 from m1.train.schedule import learning_rate
 from m1.train.supervised import publish, resume, save
@@ -263,7 +263,7 @@ def update(
         chosen = [i for i, s in enumerate(samples) if prompts[0] <= s.prompt <= prompts[-1]]
         mini_batch = [samples[i] for i in chosen]
         weights = token_weights(
-            config.loss.aggregation,
+            settings_of(config.loss).aggregation,
             [s.loss_mask for s in mini_batch],
             [s.prompt for s in mini_batch],
         )
