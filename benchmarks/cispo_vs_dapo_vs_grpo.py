@@ -4,8 +4,8 @@
 
 All arms share the SFT checkpoint of `laptop.toml`, its tasks, dynamic sampling, group-relative
 advantages, the token mean over the batch, 16 updates a generation batch and a constant learning
-rate; only the objective differs (`rl.loss.name`), and the learning rate, which is swept for each
-arm on a seed of its own. Equal seeds draw the same tasks and the same first completions in every arm.
+rate. Only the objective differs (`rl.loss.name`), and the learning rate, which is swept for each
+arm on a seed of its own. Equal seeds draw the same tasks and first completions in every arm.
 
 The measure is accuracy of all completions sampled in a step, before dynamic sampling; the 1,200 RL
 tasks come again after about 19 steps. Steps to the threshold: the first step at which the mean over
