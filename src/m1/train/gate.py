@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from m1.config.schema import GateConfig, LengthStageConfig
-from m1.types import Completion, M1Error
+from m1.types import Completion, RolloutGroup
 
 PERCENTILE = 99
 
@@ -29,17 +29,10 @@ class GateEvidence:
 
     @classmethod
     def of(cls, completions: Sequence[Completion]) -> Self:
-        """Evidence of a step's completions, all that were sampled.
-
-        Raises:
-            M1Error: There is no completion with a token.
-        """
+        """Evidence of a step's completions; NaN where none of them has a token."""
         lengths = [len(c.tokens) for c in completions]
         if not sum(lengths):
-            raise M1Error(
-                f"{len(lengths)} completions hold no token, so perplexity and length are not "
-                "defined; look at the engine's finish reasons"
-            )
+            return cls(math.nan, math.nan)
         total = sum(sum(c.logprobs) for c in completions)
         return cls(-total / sum(lengths), float(np.percentile(lengths, PERCENTILE)))
 
@@ -163,13 +156,13 @@ def _median(values: Sequence[float]) -> float:
 
 
 class LengthGate:
-    """The gate of one length stage as the loop holds it.
+    """The gate of one stage as the loop holds it; without a length it never ends the stage.
 
     `step` after each RL step, `state` into every checkpoint, `restore` after a resume; the stage
     goes on until `is_done`.
     """
 
-    def __init__(self, config: GateConfig, length: LengthStageConfig) -> None:
+    def __init__(self, config: GateConfig, length: LengthStageConfig | None) -> None:
         self._config, self._length = config, length
         self._state = GateState()
         self.last: GateDecision | None = None
@@ -179,11 +172,21 @@ class LengthGate:
         """Whether the stage is over."""
         return self.last is not None and self.last.ends_stage
 
-    def step(self, completions: Sequence[Completion]) -> GateDecision:
-        """Take in all completions that a step sampled."""
-        evidence = GateEvidence.of(completions)
+    def step(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Take in all groups that a step sampled; gives metrics with decision and evidence.
+
+        Failed rollouts are left out.
+        """
+        if self._length is None:
+            return {}
+        scored = [r for g in groups for r in g.rollouts if not r.reward.is_failed]
+        evidence = GateEvidence.of([r.completion for r in scored])
         self._state, self.last = advance(self._state, evidence, self._config, self._length)
-        return self.last
+        return self.last.metrics()
+
+    def facts(self) -> dict[str, Any]:
+        """The last decision, for the stage's pointer."""
+        return {"gate": asdict(self.last)} if self.last is not None else {}
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint, JSON types."""
@@ -191,5 +194,4 @@ class LengthGate:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state. Checkpoints are written while the gate is closed."""
-        self._state = GateState.from_json(state)
-        self.last = None
+        self._state, self.last = GateState.from_json(state), None

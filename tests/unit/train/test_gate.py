@@ -1,6 +1,5 @@
 import json
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 
 from m1.config.schema import GateConfig, LengthStageConfig
 from m1.train.gate import GateEvidence, GateState, LengthGate, advance
-from m1.types import Completion, M1Error
+from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
 
 LENGTH = LengthStageConfig(max_new_tokens=1000, min_steps=1, max_steps=10_000)
 CONFIG = GateConfig(
@@ -39,15 +38,44 @@ def completion(logprobs):
     return Completion((1,), (2,) * n, tuple(logprobs), (0.0,) * n, "stop", (0,) * n)
 
 
+def group(logprobs, *, is_failed=False):
+    task = Task("t", "s", "p", "r", "v")
+    rollout = Rollout(task, completion(logprobs), Reward(1.0, 1.0, {}, is_failed))
+    return RolloutGroup(task, (rollout,))
+
+
+def test_without_a_length_no_gate_ends_a_stage():
+    gate = LengthGate(CONFIG, None)
+    assert [gate.step([group([-1.0] * 999)]) for _ in range(50)] == [{}] * 50
+    assert not gate.is_done
+    assert gate.facts() == {}
+
+
 def test_evidence_is_the_mean_over_tokens_and_the_99th_percentile_of_lengths():
     evidence = GateEvidence.of([completion([-1.0]), completion([-2.0, -3.0, -4.0])])
     assert evidence.log_perplexity == 2.5
     assert evidence.length_p99 == pytest.approx(1 + 0.99 * 2)
 
 
-def test_evidence_of_no_token_is_refused():
-    with pytest.raises(M1Error, match="2 completions hold no token"):
-        GateEvidence.of([completion([]), completion([])])
+def test_a_step_without_tokens_says_nothing_and_holds_it_shut():
+    evidence = GateEvidence.of([completion([]), completion([])])
+    assert math.isnan(evidence.log_perplexity)
+    assert math.isnan(evidence.length_p99)
+    gate = LengthGate(CONFIG, LENGTH)
+    for _ in range(9):
+        gate.step([group([-1.0] * 950)])
+    gate.step([])
+    for _ in range(8):
+        gate.step([group([-1.0] * 950)])
+    assert gate.last is not None
+    assert gate.last.verdict == "stay"
+
+
+def test_failed_rollouts_are_no_evidence():
+    gate = LengthGate(CONFIG, LENGTH)
+    for _ in range(12):
+        gate.step([group([-1.0] * 950), group([-9.0], is_failed=True)])
+    assert gate.is_done
 
 
 def test_it_opens_on_the_step_at_which_both_have_held_long_enough():
@@ -154,7 +182,7 @@ def test_resumed_anywhere_it_decides_the_same(trace, cut):
     first, second = LengthGate(CONFIG, LENGTH), LengthGate(CONFIG, LENGTH)
     decisions = []
     for number, (log_perplexity, tokens) in enumerate(trace):
-        batch = [completion([-log_perplexity] * int(tokens))]
+        batch = [group([-log_perplexity] * int(tokens))]
         if number == cut:
             second.restore(json.loads(json.dumps(first.state())))
         here = second if number >= cut else first
@@ -196,6 +224,7 @@ def test_fewer_spikes_than_half_a_window_change_nothing(places, log_perplexity, 
 def test_state_stays_small():
     gate = LengthGate(CONFIG, LENGTH)
     for _ in range(500):
-        gate.step([completion([-1.0] * 10)])
+        gate.step([group([-1.0] * 10)])
     assert len(gate.state()["recent"]) == 2 * CONFIG.window_steps
-    assert replace(GateState(), step=500).step == gate.state()["step"]
+    assert gate.state()["step"] == 500
+    assert gate.facts()["gate"]["verdict"] == "stay"
