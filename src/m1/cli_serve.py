@@ -12,6 +12,7 @@ from rich.console import Console
 
 from m1.config.loading import load_recipe
 from m1.config.schema import ParallelConfig
+from m1.stage import exit_with_launcher
 
 _MIB, _GIB = 1 << 20, 1 << 30
 TOKEN_VARIABLE = "M1_SERVE_TOKEN"
@@ -78,6 +79,7 @@ def serve(
     SIGTERM lets open requests finish and takes no new ones.
     """
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
+    exit_with_launcher()
     from m1.model import cpu
 
     cpu.without_compilation()  # before megatron-core is imported

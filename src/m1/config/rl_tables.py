@@ -133,6 +133,11 @@ class RolloutConfig(Config):
     made again with the new ones."""
     worker_sequences: PositiveInt = 64
     """Completions that a started worker decodes together."""
+    worker_cache_gib: PositiveFloat | None = None
+    """Memory of a started worker for keys and values; absent: 2 GiB on a CPU, and most of what is
+    free on a GPU, which is too much where the trainer is on the same one."""
+    worker_devices: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of each started worker; absent: the trainer's."""
     timeout_seconds: PositiveFloat = 3600.0
     """Of one group; then its worker counts as dead."""
     max_attempts: PositiveInt = 4
@@ -150,6 +155,11 @@ class RolloutConfig(Config):
             texts.append(
                 "mode is 'async', but there are neither num_workers nor urls, so nobody could "
                 "sample while the trainer updates; set num_workers to 1 or more"
+            )
+        if self.worker_devices and len(self.worker_devices) != self.num_workers:
+            texts.append(
+                f"worker_devices has {len(self.worker_devices)} entries, but num_workers is "
+                f"{self.num_workers}; name the devices of every worker"
             )
         if self.num_workers and self.urls:
             texts.append(

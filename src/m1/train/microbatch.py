@@ -33,3 +33,10 @@ class MicroBatch:
             weights=function(self.weights),
             extras={name: function(value) for name, value in self.extras.items()},
         )
+
+    def without_loss(self) -> "MicroBatch":
+        """The same sequences, none of which counts in a loss or in a sum over sampled tokens."""
+        extras = dict(self.extras)
+        if "loss_mask" in extras:
+            extras["loss_mask"] = torch.zeros_like(extras["loss_mask"])
+        return replace(self, weights=torch.zeros_like(self.weights), extras=extras)

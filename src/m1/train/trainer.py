@@ -3,8 +3,9 @@
 Shapes: T packed tokens of one micro-batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ class UpdateResult:
 
     sums: dict[str, float]
     grad_norm: float
+    """Before it was clipped."""
+    is_made: bool = True
+    """Whether the weights changed."""
 
 
 def cross_entropy(
@@ -131,9 +135,21 @@ class Trainer:
         return self.module.module  # type: ignore[no-any-return]
 
     def update(
-        self, batches: Sequence[MicroBatch], loss: LossFunction, *, lr: float
+        self,
+        batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        lr: float,
+        skip_above: float | None = None,
     ) -> UpdateResult:
         """One optimizer update from micro-batches whose weights sum to 1 over all ranks.
+
+        Args:
+            batches: This data-parallel rank's.
+            loss: Of a micro-batch.
+            lr: Learning rate.
+            skip_above: The update is not made where the gradient's norm is larger or not finite;
+                absent: the latter is an error.
 
         Raises:
             M1Error: The gradient is not finite; the weights are left as they were.
@@ -147,7 +163,9 @@ class Trainer:
         with single_threaded():
             self.optimizer.prepare_grads()
             norm = self.optimizer.get_grad_norm()
-        if not torch.isfinite(torch.as_tensor(norm)):
+        if skip_above is not None and not (math.isfinite(norm) and norm <= skip_above):
+            return UpdateResult(sums=sums, grad_norm=float(norm), is_made=False)
+        if not math.isfinite(norm):
             raise M1Error(
                 f"the gradient norm is {float(norm)}; the update was not made. Lower the "
                 "learning rate, or look for a task whose reward is not finite; "
@@ -189,7 +207,7 @@ class Trainer:
         """
         size = self.parallel.data
         last = batches[-1]
-        filler = replace(last, weights=torch.zeros_like(last.weights))
+        filler = last.without_loss()
         filled = [*batches, *[filler] * (-len(batches) % size)]
         return filled[parallel_state.get_data_parallel_rank() :: size]
 
