@@ -117,7 +117,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
                     rollouts=rollouts.state(),
                 )
             trainer.finish_saves(wait=False)
-    watch.phase("publish")
+    watch.phase("export")
     return publish(context, trainer, num_updates)
 
 
