@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--sweep-seed", type=int, default=101)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
     parser.add_argument("--num-steps", type=int, default=20)
-    parser.add_argument("--threshold", type=float, default=0.4)
+    parser.add_argument("--threshold", type=float, default=0.55)
     parser.add_argument("--one", nargs="*", help="used by itself: one run in this process")
     options = parser.parse_args()
     if options.one == ["base"]:

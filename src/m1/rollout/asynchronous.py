@@ -25,7 +25,7 @@ class AsyncRollouts:
     Every task taken gets a ticket. Its group is written to the journal when it is scored, and is
     trained on once, dropped as uninformative or too old, or still open. The window is as large as
     one batch and what may wait, and no larger than what `max_policy_lag` lets train in time.
-    Finished groups are taken by ticket, not by time, as short completions would come first.
+    Of the finished groups the one with the lowest ticket comes first.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class AsyncRollouts:
                 self._issue(ticket, task)
         self._fill()
 
-    def next(self, *, version: int) -> SampledBatch:
+    def next(self, *, step: int, version: int) -> SampledBatch:
         """A batch of groups that tell something, none older than `max_policy_lag`.
 
         Args:
+            step: Which will train on it.
             version: Of the weights that will be trained.
 
         Raises:
@@ -85,22 +86,25 @@ class AsyncRollouts:
         bound = self._wanted * (1 + (config.max_extra_batches if config.enabled else 0))
         kept: list[RolloutGroup] = []
         everything: list[RolloutGroup] = []
-        used: list[int] = []
-        num_stale, oldest = 0, version
-        while len(kept) < self._wanted and len(everything) < bound + num_stale:
-            if num_stale > bound:
-                break
+        fate: dict[str, list[int]] = {"kept": [], "uninformative": [], "stale": []}
+        oldest = version
+        while len(kept) < self._wanted and len(everything) < bound:
             ticket, group = self._take()
             everything.append(group)
-            used.append(ticket)
             sampled_at = oldest_version(group, version)
             if version - sampled_at > self.max_policy_lag:
-                num_stale += 1
+                fate["stale"].append(ticket)
+                bound += len(fate["stale"]) <= self.window
             elif is_kept(group, config):
                 kept.append(group)
+                fate["kept"].append(ticket)
                 oldest = min(oldest, sampled_at)
+            else:
+                fate["uninformative"].append(ticket)
             self._fill()
-        self._used[-1] += used
+        num_stale = len(fate["stale"])
+        self._used[-1] += [ticket for tickets in fate.values() for ticket in tickets]
+        self._journal.note(step, **fate)
         metrics = {
             "rl/groups_stale": float(num_stale),
             "rl/policy_lag_of_batch": float(version - oldest),

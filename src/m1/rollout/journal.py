@@ -4,7 +4,7 @@ A ticket is the number of a task in the order in which tasks were taken.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from m1.storage import atomic_write, disk_errors
 from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
 
 _SUFFIX = ".group.json"
+_STEPS = "steps.jsonl"
 
 
 class Journal:
@@ -34,6 +35,26 @@ class Journal:
         except FileNotFoundError:
             return None
         return group if group.task == task else None
+
+    def note(self, step: int, **tickets: Sequence[int]) -> None:
+        """Record what became of tickets in a step, such as `kept=[3, 5]`."""
+        line = json.dumps({"step": step, **{name: list(t) for name, t in tickets.items()}})
+        with disk_errors(self._folder), (self._folder / _STEPS).open("a") as file:
+            file.write(line + "\n")
+
+    def steps(self) -> list[dict[str, Any]]:
+        """What was noted; a torn last line is left out."""
+        path = self._folder / _STEPS
+        if not path.exists():
+            return []
+        whole, _, _ = path.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def rewind(self, step: int) -> None:
+        """Drop what was noted from `step` on: it is about to be repeated."""
+        kept = [line for line in self.steps() if line["step"] < step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        atomic_write(self._folder / _STEPS, text.encode())
 
     def tickets(self) -> list[int]:
         """Of all groups."""

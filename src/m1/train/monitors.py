@@ -51,8 +51,9 @@ def mismatch_metrics(
 ) -> dict[str, float]:
     """Agreement of training- and inference-mode probabilities of sampled tokens (Fig. 3).
 
-    `mismatch_ratio_max` is the largest of pi_train / pi_engine and its inverse; `perplexity` that
-    of the sampled text under the trainer.
+    In asynchronous mode the gap also holds what the weights have changed since the tokens were
+    sampled. `mismatch_ratio_max` is the largest of pi_train / pi_engine and its inverse;
+    `perplexity` that of the sampled text under the trainer.
     """
     training, inference = sampled_logprobs(samples, old_logprobs)
     gap = training - inference

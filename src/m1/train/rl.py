@@ -138,7 +138,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
                     rollouts=rollouts.state(),
                 )
             trainer.finish_saves(wait=False)
-    watch.phase("publish")
+    watch.phase("export")
     output = publish(context, trainer, num_updates, **gate.facts())
     publish_pass_rates(context, earlier=earlier_length(context))
     return output

@@ -82,7 +82,7 @@ def open_rollouts(
         saved = state.get("rollouts", {})
         if not has_workers:
             return _local(parts, saved, stack)
-        return with_workers(parts, saved, parent, stack, is_resumed=bool(state["step"]))
+        return with_workers(parts, saved, parent, stack, step=int(state["step"]))
 
 
 def _local(parts: Parts, saved: Mapping[str, Any], stack: ExitStack) -> Rollouts:

@@ -28,7 +28,7 @@ _MANY = 1 << 20
 
 
 def with_workers(
-    parts: Parts, saved: Mapping[str, Any], parent: Path, stack: ExitStack, *, is_resumed: bool
+    parts: Parts, saved: Mapping[str, Any], parent: Path, stack: ExitStack, *, step: int
 ) -> Rollouts:
     """Workers sample; the first rank talks to them.
 
@@ -37,7 +37,7 @@ def with_workers(
         saved: The state of these rollouts in the checkpoint.
         parent: Checkpoint that started workers begin with.
         stack: Gets what is to be closed; it is emptied into the result.
-        is_resumed: Whether the trainer's weights are others than the parent's.
+        step: From which the stage goes on; after 0 the weights are others than the parent's.
 
     Raises:
         M1Error: A worker does not come up.
@@ -57,7 +57,7 @@ def with_workers(
         if pool is not None:
             pool.load_weights(uri, number)
 
-    if is_resumed or version or config.urls:
+    if step or version or config.urls:
         load(version)
     if config.mode == "sync":
         source = synchronous(parts, pool)
@@ -71,12 +71,13 @@ def with_workers(
     ahead = None
     if pool is not None:
         sample = _sample_one(parts, pool)
+        journal.rewind(step)
         ahead = AsyncRollouts(sample, parts.tasks, parts.config, journal=journal, state=saved)
         stack.callback(ahead.close)
 
-    def take(_: int, number: int) -> SampledBatch:
+    def take(step: int, number: int) -> SampledBatch:
         parts.phase("sample")
-        batch = ahead.next(version=number) if ahead is not None else SampledBatch([], [])
+        batch = ahead.next(step=step, version=number) if ahead is not None else SampledBatch([], [])
         return _from_first(batch)
 
     return Rollouts(

@@ -2,14 +2,18 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 
+from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.inference.engine import LocalEngine
 from m1.plan.report import Options, make_plan, plan_json
 from m1.plan.workload import MAX_SEQUENCES, workload_of
 from m1.types import M1Error
+
+RECIPES = Path(__file__).parents[3] / "pipelines/recipes"
 
 
 def with_layout(recipe: Recipe, stage: str, **changes: object) -> Recipe:
@@ -115,3 +119,16 @@ def test_json_has_its_documented_keys(m1_456b) -> None:
     }
     assert found["flops"]["training_per_token"] == 3 * found["flops"]["forward_per_token"]
     assert [row["length"] for row in found["inference"]["full"]["rows"]][3] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("one_gpu", (2.5e8, 3.5e8)), ("one_gpu_small", (2e7, 4e7))]
+)
+def test_recipes_for_one_gpu_fit_one_gpu(name, parameters) -> None:
+    recipe = load_recipe([RECIPES / f"{name}.toml"])
+    for stage in ("pretrain", "sft", "rl"):
+        plan = make_plan(recipe, Options(stage=stage, gpu="h100"))
+        assert plan.cost.num_gpus == 1
+        assert not plan.warnings
+        assert plan.worst.peak < 60 * 2**30  # room for the process that samples
+        assert parameters[0] < plan.parameters.total < parameters[1]
