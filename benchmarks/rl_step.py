@@ -16,6 +16,7 @@ in the `dev` extra (1.16.0 was used).
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ def base_outputs(root: Path) -> dict[str, Any]:
 def measure_ours(options: argparse.Namespace) -> list[dict[str, float]]:
     """Steps of the RL stage, without the first; a step lasts from one log line to the next."""
     recipe = recipe_of(options.root, seed=1000 + options.round, num_steps=options.steps + 1)
+    shutil.rmtree(stage_folder("rl", recipe), ignore_errors=True)  # of an earlier measurement
     run_stage("rl", recipe, inputs=base_outputs(options.root))
     rows = read_metrics(stage_folder("rl", recipe) / METRICS)
     found = []
@@ -91,8 +93,6 @@ def completions_of(config: RlConfig | None) -> int:
 
 def export(root: Path, folder: Path) -> None:
     """The SFT model for transformers."""
-    import shutil
-
     from m1.model import checkpoint
     from m1.model.build import build_model
     from m1.model.hf import export_hf

@@ -65,7 +65,12 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="data, pretrain, sft, rl, evaluate or register.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="data, pretrain, sft, rl (with lengths rl_40960, ...), evaluate or register."
+        ),
+    ],
     recipe: Recipes,
     overrides: Overrides = None,
 ) -> None:
