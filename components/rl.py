@@ -12,13 +12,21 @@ def rl(
     output: Output[Model],
     sft: Input[Model] | None = None,
     sandbox: Input[Dataset] | None = None,
+    previous: Input[Model] | None = None,
+    stage: str = "rl",
 ) -> None:
     """Reinforcement learning with CISPO."""
     from m1.launch import run_component
 
     run_component(
-        "rl",
+        stage,
         recipe,
-        inputs={"data": data, "sandbox": sandbox, "pretrain": pretrain, "sft": sft},
+        inputs={
+            "data": data,
+            "sandbox": sandbox,
+            "pretrain": pretrain,
+            "sft": sft,
+            "rl": previous,
+        },
         output=output,
     )

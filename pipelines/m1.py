@@ -16,6 +16,7 @@ from components.rl import rl
 from components.sandbox import sandbox
 from components.sft import sft
 from m1.config.schema import Recipe
+from m1.config.stages import rl_config, stage_kind, stages_of
 from m1.launch import stage_recipe
 
 TITLES = {
@@ -33,14 +34,28 @@ def build_pipeline(recipe: Recipe) -> Callable[..., Any]:
     """The KFP pipeline of a recipe.
 
     Stages are chosen here, while the DAG is built, so that it is flat: what the recipe leaves out
-    is not in it. Each
-    task gets the part of the recipe that it depends on and the pointers of earlier stages.
+    is not in it. Each task gets the part of the recipe that it depends on and the pointers of
+    earlier stages. RL in several lengths is a chain of tasks, each with its own checkpoint.
     """
 
     def task(component: Any, name: str, **inputs: Any) -> Any:
         resolved = stage_recipe(name, recipe).model_dump_json(by_alias=True)
         made = component(recipe=resolved, **inputs)
-        return made.set_container_image(recipe.image).set_display_name(TITLES[name])
+        return made.set_container_image(recipe.image).set_display_name(_title(name))
+
+    def reinforce(**inputs: Any) -> Any:
+        made: Any = None
+        for name in stages_of(recipe):
+            if stage_kind(name) == "rl":
+                chain = {"stage": name, "previous": made} if made is not None else {"stage": name}
+                made = task(rl, name, **inputs, **chain).outputs["output"]
+        return made
+
+    def _title(name: str) -> str:
+        title = TITLES[stage_kind(name)]
+        if name == stage_kind(name):
+            return title
+        return f"{title}, {rl_config(name, recipe).sampling.max_new_tokens:,} tokens"
 
     @dsl.pipeline(name=f"m1-{recipe.name}", description="MiniMax-M1 training")  # type: ignore[untyped-decorator]
     def m1() -> None:
@@ -52,7 +67,7 @@ def build_pipeline(recipe: Recipe) -> Callable[..., Any]:
         if recipe.sft is not None:
             models["sft"] = task(sft, "sft", data=corpus, **models).outputs["output"]
         if recipe.rl is not None:
-            models["rl"] = task(rl, "rl", data=corpus, **environments, **models).outputs["output"]
+            models["rl"] = reinforce(data=corpus, **environments, **models)
         if recipe.evaluate is not None:
             task(evaluate, "evaluate", data=corpus, **environments, **models)
         if recipe.register_ is not None:

@@ -15,6 +15,7 @@ from m1 import (
     cli_grade,
     cli_plan,
     cli_recipe,
+    cli_rollouts,
     cli_sandbox,
     cli_sandbox_swe,
     cli_serve,
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cli_recipe.app, name="recipe")
 cli_sandbox_swe.register(cli_sandbox.app)
 app.add_typer(cli_sandbox.app, name="sandbox")
+app.add_typer(cli_rollouts.app, name="rollouts")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_serve.serve)
@@ -69,7 +71,11 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
 @app.command()
 def stage(
     name: Annotated[
-        str, typer.Argument(help="data, sandbox, pretrain, sft, rl, evaluate or register.")
+        str,
+        typer.Argument(
+            help="data, sandbox, pretrain, sft, rl (with lengths rl_40960, ...), evaluate or "
+            "register."
+        ),
     ],
     recipe: Recipes,
     overrides: Overrides = None,

@@ -35,6 +35,8 @@ from m1.types import M1Error, Pointer
 
 LOCK_TIMEOUT_SECONDS = 60.0
 METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts"
+"""Folder with all rollouts, kept by RL stages (`m1.rollout.traces`)."""
 WARNINGS = "warnings.jsonl"
 PROBABILITIES = "probabilities.json"
 """Probabilities of sampled tokens in training and inference mode, kept by the rl stage."""
@@ -74,6 +76,11 @@ class StageContext:
         if self._run is None:
             raise RuntimeError(f"stage {self.name} records on its first rank only")
         return self._run
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this process keeps records: the first rank does."""
+        return self._run is not None
 
     @property
     def output(self) -> Path:
@@ -270,6 +277,8 @@ def _finish(
         metrics = context.folder / METRICS
         if metrics.exists():
             storage.write_bytes(f"{key}/{METRICS}", metrics.read_bytes())
+        if (context.folder / ROLLOUTS).is_dir():
+            storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
     metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
     for name in output.datasets:

@@ -34,6 +34,15 @@ from m1.config.model_tables import (
     MoeConfig,
     ResidualConfig,
 )
+from m1.config.rl_course_tables import (
+    CurriculumConfig,
+    CurriculumSourceConfig,
+    DifficultyConfig,
+    GateConfig,
+    LengthStageConfig,
+    TraceConfig,
+    WeightPoint,
+)
 from m1.config.rl_tables import (
     AdvantageConfig,
     AlarmConfig,
@@ -63,10 +72,15 @@ __all__ = [
     "BranchScales",
     "CleaningConfig",
     "Config",
+    "CurriculumConfig",
+    "CurriculumSourceConfig",
     "DataConfig",
     "DedupConfig",
+    "DifficultyConfig",
     "DynamicSamplingConfig",
     "EvaluateConfig",
+    "GateConfig",
+    "LengthStageConfig",
     "LossConfig",
     "Mistakes",
     "ModelConfig",
@@ -91,8 +105,10 @@ __all__ = [
     "StorageConfig",
     "TaskSourceConfig",
     "TokenizerConfig",
+    "TraceConfig",
     "TrackingConfig",
     "TrainConfig",
+    "WeightPoint",
 ]
 
 
@@ -217,5 +233,26 @@ class Recipe(Config):
             texts.append(
                 "sft is present, but no entry of data.tasks has num_sft > 0; add demonstrations"
             )
+        if self.rl is not None:
+            texts += self._rl_source_mistakes(self.rl)
         refuse(texts)
         return self
+
+    def _rl_source_mistakes(self, rl: RlConfig) -> list[str]:
+        """Names of task sources in the rl table that are none."""
+        known = {task.name for task in self.data.tasks if task.num_rl}
+        named = [
+            (f"rl.curriculum.sources.{i}.source", source.source)
+            for i, source in enumerate(rl.curriculum.sources)
+        ]
+        named += [
+            (f"rl.lengths.{i}.keep_fraction", name)
+            for i, length in enumerate(rl.lengths)
+            for name in length.keep_fraction
+        ]
+        return [
+            f"{path} names {name!r}, but data.tasks has tasks for RL from "
+            f"{', '.join(sorted(known)) or 'none'}; name one of them"
+            for path, name in named
+            if name not in known
+        ]

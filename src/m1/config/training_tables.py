@@ -13,6 +13,13 @@ from m1.config.base import (
     PositiveInt,
     refuse,
 )
+from m1.config.rl_course_tables import (
+    CurriculumConfig,
+    GateConfig,
+    LengthStageConfig,
+    TraceConfig,
+    length_mistakes,
+)
 from m1.config.rl_tables import (
     DEFAULT_ALARMS,
     AdvantageConfig,
@@ -257,6 +264,14 @@ class RlConfig(Config):
     """Whether training goes on while a checkpoint is written from a copy in the CPU's memory."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the trainer."""
+    lengths: tuple[LengthStageConfig, ...] = ()
+    """Stages of longer thinking, each a pipeline stage of its own; absent: one stage, `rl`."""
+    gate: GateConfig = GateConfig()
+    """When a length stage ends; not used without `lengths`."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which tasks come when."""
+    traces: TraceConfig = TraceConfig()
+    """Files of rollouts, and samples of them in MLflow."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -272,6 +287,7 @@ class RlConfig(Config):
                 f"{self.prompts_per_step} prompts splits into at most that many mini-batches; "
                 "lower it or raise prompts_per_step"
             )
+        texts += length_mistakes(self.lengths)
         lag = self.rollout.max_policy_lag
         if self.rollout.mode == "async" and lag is not None and lag < self.updates_per_step:
             texts.append(

@@ -9,15 +9,21 @@ import torch
 
 from m1.config.layout import padded_vocab
 from m1.config.schema import Recipe, RlConfig
-from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
 from m1.model.parallel import initialize
 from m1.rollout.filtering import SampledBatch, faults
-from m1.rollout.tasks import TaskStream
 from m1.stage import PROBABILITIES, StageContext, StageOutput
 from m1.storage import atomic_write
 from m1.train.batches import TrainSample
+from m1.train.curriculum import Curriculum
+from m1.train.lengths import (
+    at_length,
+    earlier_length,
+    gate_of,
+    parent_of,
+    tasks_at_length,
+)
 from m1.train.monitors import (
     Alarms,
     Patience,
@@ -25,6 +31,7 @@ from m1.train.monitors import (
     rollout_metrics,
     sampled_logprobs,
 )
+from m1.train.recording import publish_pass_rates, record_rollouts, rewind_rollouts
 from m1.train.reference import Reference
 from m1.train.rollouts import open_rollouts
 from m1.train.samples import train_samples
@@ -44,13 +51,14 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     the same weights as an uninterrupted one. In asynchronous mode groups were sampled meanwhile, by
     weights at most `max_policy_lag` updates old.
     """
+    recipe = at_length(context, recipe)
     config = recipe.rl
     assert config is not None
     initialize(config.parallel, seed=recipe.seed)
-    data = context.path_of("data")
-    tokenizer = Tokenizer(data / "tokenizer")
-    all_tasks = read_tasks(data / "tasks" / "rl.jsonl")
-    tasks = TaskStream(all_tasks, seed=recipe.seed)
+    tokenizer = Tokenizer(context.path_of("data") / "tokenizer")
+    all_tasks = tasks_at_length(context, config)
+    tasks = Curriculum(all_tasks, config.curriculum, seed=recipe.seed)
+    gate = gate_of(config)
     trainer = Trainer(
         recipe.model,
         config.optimizer,
@@ -58,7 +66,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
         seed=recipe.seed,
         parallel=config.parallel,
     )
-    parent = checkpoint.inside(context.path_of("sft" if "sft" in context.inputs else "pretrain"))
+    parent = checkpoint.inside(context.path_of(parent_of(context)))
     reference = _reference(trainer, config, parent)
     state = resume(context, trainer, start=lambda: parent)
     step, num_updates = int(state["step"]), int(state.get("updates", 0))
@@ -66,19 +74,22 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     patience = Patience(config.max_bad_steps, context.warn)
     if step:
         tasks.restore(state["tasks"])
+        gate.restore(state["gate"])
         alarms.restore(state["alarms"])
         patience.num_bad = state["num_bad"]
+    rewind_rollouts(context, step)
     watch = _Watch(context, config)
     rollouts = open_rollouts(
         context, recipe, trainer, tasks, all_tasks, parent, phase=watch.phase, state=state
     )
     with rollouts:
-        while step < config.num_steps:
+        while step < config.num_steps and not gate.is_done:
             watch.begin(step)
             sampled = rollouts.next(step=step)
             metrics = rollout_metrics(sampled) | tasks.metrics()
             _name_faults(context, sampled)
             tasks.observe(sampled.all)
+            metrics |= gate.step(sampled.all)
             samples = train_samples(sampled.kept, scale=config.advantage.scale)
             if samples:
                 scored = _score(trainer, samples, config, reference, watch)
@@ -101,9 +112,18 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             metrics |= watch.metrics(sampled)
             metrics["rl/alarms"] = float(alarms.num_raised)
             context.log(metrics, step=step, total=config.num_steps)
-            if step == config.num_steps and samples:
+            record_rollouts(
+                context,
+                config.traces,
+                tokenizer,
+                step=step,
+                groups=sampled.all,
+                kept=sampled.kept,
+            )
+            is_last = step == config.num_steps or gate.is_done
+            if is_last and samples:
                 _keep_scatter(context, samples, scored.old_logprobs)
-            elif step < config.num_steps and step % config.checkpoint_every_steps == 0:
+            elif not is_last and step % config.checkpoint_every_steps == 0:
                 watch.phase("save")
                 save(
                     context,
@@ -112,13 +132,16 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
                     step,
                     updates=num_updates,
                     tasks=tasks.state(),
+                    gate=gate.state(),
                     alarms=alarms.state(),
                     num_bad=patience.num_bad,
                     rollouts=rollouts.state(),
                 )
             trainer.finish_saves(wait=False)
     watch.phase("export")
-    return publish(context, trainer, num_updates)
+    output = publish(context, trainer, num_updates, **gate.facts())
+    publish_pass_rates(context, earlier=earlier_length(context))
+    return output
 
 
 def _reference(trainer: Trainer, config: RlConfig, parent: object) -> Reference | None:
