@@ -16,8 +16,10 @@ import torch.distributed as dist  # noqa: E402
 
 from m1.config.schema import (  # noqa: E402
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     RewardConfig,
+    RlConfig,
     SamplingConfig,
 )
 from m1.data.tokenizer import Tokenizer  # noqa: E402
@@ -30,6 +32,9 @@ from m1.model import checkpoint  # noqa: E402
 from m1.model.build import build_model  # noqa: E402
 from m1.model.parallel import initialize  # noqa: E402
 from m1.rollout.groups import sample_groups  # noqa: E402
+from m1.train.batches import TrainSample  # noqa: E402
+from m1.train.rl import score_samples, update  # noqa: E402
+from m1.train.trainer import Trainer  # noqa: E402
 from m1.types import M1Error, Task  # noqa: E402
 
 NUM_TOKENS = 60
@@ -91,6 +96,43 @@ def rollout_results(model: torch.nn.Module, tokenizer: Tokenizer) -> dict:
     return {"groups": [asdict(group) for group in groups], "sampled": engine._core.num_sampled}
 
 
+def update_results(config: ModelConfig, parallel: ParallelConfig) -> list[dict[str, float]]:
+    """Metrics of two RL updates of six completions, of one micro-batch and of several."""
+    moe = config.moe.model_copy(update={"aux_loss_coefficient": 0.0})  # it is a mean over ranks
+    rl = RlConfig(
+        num_steps=2,
+        prompts_per_step=2,
+        group_size=3,
+        updates_per_step=1,
+        optimizer=OptimizerConfig(lr=1e-4),
+        parallel=parallel,
+    )
+    trainer = Trainer(
+        config.model_copy(update={"moe": moe}), rl.optimizer, vocab_size=64, seed=1,
+        parallel=parallel,
+    )  # fmt: skip
+    generator, samples = torch.Generator().manual_seed(3), []
+    for number in range(6):
+        size = 10 + 3 * number
+        ids = torch.randint(60, (size + 1,), generator=generator)
+        samples.append(
+            TrainSample(
+                tokens=ids[:-1],
+                targets=ids[1:],
+                loss_mask=torch.arange(size) >= 4,
+                behaviour_logprobs=torch.zeros(size),
+                advantage=(-1.0) ** number * (number + 1) / 4,
+                prompt=number // 3,
+            )
+        )
+    found = []
+    for step, tokens in enumerate((8192, 24)):
+        own = rl.model_copy(update={"micro_batch_tokens": tokens})
+        old_logprobs = score_samples(trainer, samples, own)
+        found.append(update(trainer, samples, old_logprobs, own, step=step))
+    return found
+
+
 def work(rank: int, name: str, job: dict) -> None:
     root, parallel = Path(job["root"]), ParallelConfig.model_validate(job["layouts"][name])
     store = f"file://{root}/store-{name}"
@@ -106,6 +148,7 @@ def work(rank: int, name: str, job: dict) -> None:
         # Copies of the model have no first rank to follow.
         "loop": {} if name == "dp2" else loop_results(model, root / "weights"),
         "rollouts": rollout_results(model, Tokenizer(root / "tokenizer")),
+        "updates": update_results(config, parallel) if name in ("one", "dp2") else [],
     }
     (root / f"{name}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()

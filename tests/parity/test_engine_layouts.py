@@ -78,3 +78,10 @@ def test_ranks_that_compute_together_sample_the_same_groups(results, layout):
     for ours, theirs in zip(one["groups"], first["groups"], strict=True):
         tokens = [[r["completion"]["tokens"] for r in g["rollouts"]] for g in (ours, theirs)]
         assert tokens[0] == tokens[1]
+
+
+def test_two_data_ranks_update_by_the_gradient_of_one_process(results):
+    one, first, second = (results[name]["updates"] for name in ("one-0", "dp2-0", "dp2-1"))
+    assert first == second
+    for ours, theirs in zip(first, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)

@@ -279,7 +279,7 @@ def update(
             step=step * config.updates_per_step + number,
             num_steps=total_updates,
         )
-        result = trainer.update(batches, loss, lr=lr)
+        result = trainer.update(trainer.share(batches), loss, lr=lr)
         for name, value in {**result.sums, "grad_norm": result.grad_norm}.items():
             totals[name] = totals.get(name, 0.0) + value
     return {

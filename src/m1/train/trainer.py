@@ -189,7 +189,8 @@ class Trainer:
         """
         size = self.parallel.data
         last = batches[-1]
-        filler = replace(last, weights=torch.zeros_like(last.weights))
+        extras = {name: torch.zeros_like(x) for name, x in last.extras.items()}
+        filler = replace(last, weights=torch.zeros_like(last.weights), extras=extras)
         filled = [*batches, *[filler] * (-len(batches) % size)]
         return filled[parallel_state.get_data_parallel_rank() :: size]
 
