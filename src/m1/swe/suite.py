@@ -264,7 +264,8 @@ def _problems(
         said = last["said_status"]
         what = "without a word" if said is None else f"with {last['status']} after saying {said}"
         return (f"the tests' process ended early, {last['stopped_by'] or what}",)
-    if last["status"] not in (0, 1):
+    is_rest_empty = len(attempts) > 1 and last["status"] == 5  # the last test was interrupted
+    if last["status"] not in (0, 1) and not is_rest_empty:
         return (f"pytest ended with status {last['status']}",)
     if len(attempts) == 1 and last["status"] == 0:
         failed = [t for t, o in outcomes.items() if o.outcome not in ("passed", "skipped")]

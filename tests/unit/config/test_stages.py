@@ -39,12 +39,13 @@ def uncached_image_digest() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("seed=77", ALL),
-        ("data.sequence_length=1234", ALL),
-        ("data.tasks.0.num_rl=7", ALL),
-        ("model.beta=0.53", ALL - {"data"}),
+        ("seed=77", ALL - {"sandbox"}),
+        ("data.sequence_length=1234", ALL - {"sandbox"}),
+        ("data.tasks.0.num_rl=7", ALL - {"sandbox"}),
+        ("model.beta=0.53", ALL - {"data", "sandbox"}),
         ("pretrain.num_steps=12345", AFTER_PRETRAIN | {"pretrain"}),
         ("sft.num_steps=12345", AFTER_PRETRAIN),
+        ("sandbox.num_runs=9", {"sandbox", "rl", "evaluate", "register"}),
         ("rl.group_size=37", {"rl", "evaluate", "register"}),
         ("evaluate.num_samples=37", {"evaluate"}),
         ("register.alias=best", {"register"}),
@@ -88,10 +89,10 @@ def test_order_and_spelling_of_values_do_not_change_hashes() -> None:
 @pytest.mark.parametrize(
     ("absent", "parents"),
     [
-        (set(), ("data", "pretrain", "sft", "rl")),
-        ({"sft"}, ("data", "pretrain", "rl")),
-        ({"rl"}, ("data", "pretrain", "sft")),
-        ({"sft", "rl"}, ("data", "pretrain")),
+        (set(), ("data", "sandbox", "pretrain", "sft", "rl")),
+        ({"sft"}, ("data", "sandbox", "pretrain", "rl")),
+        ({"rl"}, ("data", "sandbox", "pretrain", "sft")),
+        ({"sft", "sandbox", "rl"}, ("data", "pretrain")),
     ],
 )
 def test_parents_absent_from_the_recipe_are_left_out(
