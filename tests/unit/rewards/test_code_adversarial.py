@@ -10,7 +10,7 @@ import pytest
 from adversarial_programs import FUNCTIONS, PROGRAMS
 
 from m1.rewards.code.verifier import verify
-from m1.sandbox import bubblewrap, cgroup
+from m1.sandbox import bubblewrap, cgroup, owner
 from m1.types import Task
 
 pytestmark = pytest.mark.skipif(
@@ -32,18 +32,22 @@ def judge(suite, source):
 
 
 def left_behind():
-    """What sandboxes could leave: groups, folders, processes of their user, open descriptors."""
+    """What this process's sandboxes could leave: groups, folders, processes, open descriptors."""
+    mine = f"m1-sandbox-{owner.tag()}-"
     groups = {
-        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob("m1-sandbox*")
+        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob(f"{mine}*")
     }
-    folders = set(Path(tempfile.gettempdir()).glob("m1-sandbox-*"))
-    processes = {
-        p.pid
-        for p in psutil.process_iter(["uids"])
-        if p.info["uids"].real == bubblewrap.UNPRIVILEGED_ID
-    }
+    folders = set(Path(tempfile.gettempdir()).glob(f"{mine}*"))
+    processes = {p.pid for p in psutil.process_iter() if mine in _groups_of(p.pid)}
     own = {child.pid for child in psutil.Process().children(recursive=True)}
     return groups, folders, processes | own, len(os.listdir("/proc/self/fd"))
+
+
+def _groups_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
 
 
 def extra(before):
