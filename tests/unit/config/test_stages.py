@@ -170,7 +170,7 @@ def with_lengths(recipe: Recipe, lengths: list[dict[str, float]]) -> Recipe:
 def test_every_length_is_a_stage_that_follows_the_one_before(recipe: Recipe) -> None:
     longer = with_lengths(recipe, LENGTHS)
     chain = ("rl_16", "rl_32", "rl_128")
-    before = ("data", "pretrain", "sft")
+    before = ("data", "sandbox", "pretrain", "sft")
     assert stages_of(longer) == (*before, *chain, "evaluate", "register")
     assert parents_of("rl_16", longer) == before
     assert parents_of("rl_128", longer) == (*before, "rl_32")

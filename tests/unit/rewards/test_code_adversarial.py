@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from adversarial_programs import FUNCTIONS, PROGRAMS
 
 from m1.rewards.code.verifier import verify
 from m1.rewards.service.pool import RewardService, ServiceConfig
-from m1.sandbox import bubblewrap, cgroup
+from m1.sandbox import bubblewrap, cgroup, owner
 from m1.types import Task
 
 pytestmark = pytest.mark.skipif(
@@ -44,20 +43,22 @@ def own_folder(tmp_path_factory):
 
 
 def left_behind():
-    """What our sandboxes could leave: groups, folders, processes of their user, descriptors."""
-    own = {os.getpid()} | {child.pid for child in psutil.Process().children(recursive=True)}
-    names = {p.name for p in Path("/sys/fs/cgroup").glob("*/m1-sandbox-*")}
-    owners = {name: int(re.match(r"m1-sandbox-(\d+)", name)[1]) for name in names}
-    groups = {n for n, pid in owners.items() if pid in own or not Path(f"/proc/{pid}").exists()}
-    folders = set(Path(tempfile.gettempdir()).glob("m1-sandbox-*"))
-    user = os.getuid() or bubblewrap.UNPRIVILEGED_ID
-    orphans = {
-        p.pid
-        for p in psutil.process_iter(["uids", "ppid", "status"])
-        if p.info["uids"].real == user and p.info["ppid"] == 1
-        if p.info["status"] != psutil.STATUS_ZOMBIE
+    """What this process's sandboxes could leave: groups, folders, processes, open descriptors."""
+    mine = f"m1-sandbox-{owner.tag()}-"
+    groups = {
+        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob(f"{mine}*")
     }
-    return groups, folders, orphans | own, len(os.listdir("/proc/self/fd"))
+    folders = set(Path(tempfile.gettempdir()).glob(f"{mine}*"))
+    processes = {p.pid for p in psutil.process_iter() if mine in _groups_of(p.pid)}
+    own = {child.pid for child in psutil.Process().children(recursive=True)}
+    return groups, folders, processes | own, len(os.listdir("/proc/self/fd"))
+
+
+def _groups_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
 
 
 def extra(before):
