@@ -79,9 +79,13 @@ class _Running:
     control: socket.socket
     errors: int
     group: cgroup.Group | None
+    owner: int
+    """The process that started it; a fork of that has the box's descriptors but not the box."""
 
     def end(self) -> None:
         """Kill everything inside and release what was held."""
+        if os.getpid() != self.owner:
+            return
         self.control.close()
         with contextlib.suppress(OSError):
             os.close(self.errors)
@@ -119,7 +123,8 @@ class Box:
     @property
     def is_open(self) -> bool:
         """Whether commands can be run."""
-        return self._end.alive and self._running.process.poll() is None
+        is_ours = self._running.owner == os.getpid()
+        return is_ours and self._end.alive and self._running.process.poll() is None
 
     def close(self) -> None:
         """Kill everything; may be called twice."""
@@ -239,7 +244,7 @@ def _started(program: str, group: cgroup.Group | None) -> _Running:
         if group is not None:
             group.remove()
         raise
-    return _Running(process, ours, errors, group)
+    return _Running(process, ours, errors, group, os.getpid())
 
 
 def _arguments(program: str) -> list[str]:

@@ -4,6 +4,7 @@ Version 1 needs root. Version 2 needs a delegated group: M1_CGROUP names it, or 
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -220,8 +221,10 @@ def _kill_listed(path: Path) -> bool:
     """Kill what the file lists; whether it listed anything."""
     try:
         pids = path.read_text().split()
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):  # removed, before or after it was opened
+            return False
+        raise
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)

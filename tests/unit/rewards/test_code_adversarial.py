@@ -33,13 +33,16 @@ def judge(suite, source):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_folder(tmp_path_factory):
-    """A folder for temporary files that other test runs of this machine do not write into."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("tmp")
-        patch.setenv("TMPDIR", str(folder))
+def own_folder():
+    """A folder for temporary files that other test runs of this machine do not write into.
+
+    Not pytest's, which only its owner may enter: bubblewrap binds from it as another user.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", None)
-        yield folder
+        yield
 
 
 def left_behind():

@@ -50,8 +50,11 @@ def children():
 
 
 @pytest.mark.parametrize("completion", VERDICTS)
-def test_an_answer_gets_its_verdict_even_when_it_exhausts_the_verifier(service, completion):
-    judgement = service.judge(task(), completion)
+def test_an_answer_gets_its_verdict_even_when_it_exhausts_the_verifier(own_verifiers, completion):
+    # Filling the memory takes time too, on busy cores more than 0.4 s.
+    config = ServiceConfig(num_workers=1, timeout_scale=1 if completion == "hang" else 50)
+    with RewardService(config) as service:
+        judgement = service.judge(task(), completion)
     assert judgement.infra_error is None
     assert (judgement.verdict.accuracy, judgement.verdict.reason) == VERDICTS[completion]
 

@@ -188,6 +188,20 @@ def test_a_dead_box_is_replaced(sandbox):
     assert run(sandbox, "print(1)").stdout == b"1\n"
 
 
+def test_a_forked_process_uses_and_ends_boxes_of_its_own_only(sandbox):
+    run(sandbox, "print(1)")
+    box = next(iter(prepared._own.boxes.values()))
+    child = os.fork()
+    if child == 0:
+        is_right = run(sandbox, "print(2)").stdout == b"2\n"
+        box.close()
+        prepared.close_boxes()
+        os._exit(0 if is_right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert run(sandbox, "print(3)").stdout == b"3\n"
+    assert next(iter(prepared._own.boxes.values())) is box
+
+
 def test_purposes_do_not_share_a_box(sandbox):
     with PreparedSandbox(limits=LIMITS, purpose="other") as other:
         inside = [run(s, "import os\nprint(os.readlink('/proc/self/ns/net'))").stdout

@@ -1,5 +1,6 @@
 import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,19 @@ def test_groups_of_dead_owners_are_swept():
     assert Path(left.entrances[0]).exists()
     assert cgroup.sweep() == 1
     assert not Path(left.entrances[0]).exists()
+
+
+@pytest.mark.skipif(not cgroup.version(), reason="no control group")
+def test_several_threads_may_sweep_the_same_groups():
+    group = cgroup.create(memory_mib=64, num_processes=4)
+    kind = type(group)
+    group.remove()
+    dead = 2**22 - 1
+    for round_ in range(10):
+        left = [kind(f"m1-sandbox-{dead}-{round_}{number}", 64, 4) for number in range(5)]
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: cgroup.sweep(), range(4)))
+        assert not any(Path(path).exists() for one in left for path in one.entrances)
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

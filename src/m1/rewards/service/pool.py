@@ -19,6 +19,7 @@ from m1.rewards.service.forking import Clock, Nursery, NurseryLost, Worker
 from m1.rewards.service.metrics import Metrics
 from m1.rewards.service.queues import FairQueue
 from m1.sandbox import cgroup
+from m1.sandbox.base import SandboxError
 from m1.types import Task, Verdict
 
 _LOADING_SECONDS = 120.0
@@ -263,7 +264,8 @@ class RewardService:
     def _discard(self, worker: Worker | None) -> None:
         if worker is not None:
             worker.close()
-            cgroup.sweep()
+            with contextlib.suppress(OSError, SandboxError):  # closing sweeps again, and tells
+                cgroup.sweep()
 
     def _open_nursery(self, kind: str) -> Nursery:
         """The live nursery, with this kind's libraries imported."""
