@@ -91,6 +91,17 @@ def test_gold_resolves_and_nothing_does_not(instance, store, backend):
     assert empty.is_empty and not empty.masked and not empty.problems
 
 
+def test_a_solution_may_use_the_library_as_it_likes(instance, store, backend):
+    extra = (
+        b"\nimport collections, enum, logging, typing\n"
+        b"P = collections.namedtuple('P', 'a')\nT = typing.TypeVar('T')\n"
+        b"E = enum.Enum('E', 'x')\nlogging.getLogger(__name__).warning('loaded')\n"
+    )
+    new = {"ranges.py": GOLD["ranges.py"] + extra}
+    found = grade(instance, diffs.tree_diff({"ranges.py": BASE["ranges.py"]}, new), store, backend)
+    assert found.resolved, found.problems
+
+
 def test_half_of_the_solution_gets_partial_credit_only(instance, store, backend):
     half = BASE["ranges.py"].replace(b"int(last))", b"int(last) + 1)")
     patch = diffs.tree_diff({"ranges.py": BASE["ranges.py"]}, {"ranges.py": half})
