@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +30,21 @@ _OWN_PROCESSES = 4
 """What bubblewrap itself needs."""
 _STATUS_BYTES = 1 << 16
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/bin", "/usr/sbin")
+
+
+# One argument after another: files to enter groups by, a line each; seconds; blocks of 512 bytes;
+# descriptors; KiB and processes, empty where a group bounds them; then the program. A bound that
+# cannot be set is above a stricter one that holds already.
+_ENTER = r"""
+IFS='
+'
+for group in $1; do echo 0 > "$group" || exit 125; done
+{ ulimit -c 0; ulimit -t "$2"; ulimit -f "$3"; ulimit -n "$4"; } 2>/dev/null
+[ -z "$5" ] || ulimit -v "$5"
+if [ -n "$6" ]; then (ulimit -u "$6") 2>/dev/null && ulimit -u "$6" || ulimit -p "$6"; fi
+shift 6
+exec "$@"
+"""
 
 
 def launch(
@@ -86,14 +101,13 @@ def _run(
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         process = subprocess.Popen(
-            [program, *arguments, *own, "--", *command],
+            [*_entry(limits, group), program, *arguments, *own, "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             pass_fds=(reported,) if filter_fd is None else (reported, filter_fd),
             env={},
-            preexec_fn=_entry(limits, group),
         )
 
         def kill() -> None:
@@ -234,32 +248,37 @@ def filter_descriptor() -> int | None:
     return descriptor
 
 
-def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
-    """What the child does between fork and exec: enter the group, bound itself, drop root."""
-    entrances = tuple(os.fsencode(path) for path in group.entrances) if group is not None else ()
+def _entry(limits: Limits, group: cgroup.Group | None) -> list[str]:
+    """Command that enters the group, bounds itself, drops root, and becomes what follows it.
+
+    A program, not code between fork and exec: forking a process of gigabytes costs more than all
+    the rest, and starting a program does not copy it.
+    """
+    entrances = group.entrances if group is not None else ()
     is_root = os.geteuid() == 0
+    memory = processes = ""
+    if group is None:
+        # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
+        user = UNPRIVILEGED_ID if is_root else os.getuid()
+        processes = str(limits.num_processes + _OWN_PROCESSES + _running(user))
+        memory = str(limits.memory_mib * 1024)
     cpu = max(1, int(-(-limits.cpu_seconds // 1)))
-    memory = limits.memory_mib * MIB
-    # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
-    user = UNPRIVILEGED_ID if is_root else os.getuid()
-    num_processes = 0 if entrances else limits.num_processes + _OWN_PROCESSES + _running(user)
+    numbers = [str(cpu), str(FILE_BYTES // 512), str(OPEN_FILES), memory, processes]
+    command = ["/bin/sh", "-c", _ENTER, "sh", "\n".join(entrances), *numbers]
+    if is_root:
+        setpriv = _find_setpriv()
+        command += [setpriv, "--reuid", str(UNPRIVILEGED_ID), "--regid", str(UNPRIVILEGED_ID)]
+        # bubblewrap asks for the same, a few milliseconds later.
+        command += ["--clear-groups", "--pdeathsig", "KILL", "--"]
+    return command
 
-    def enter() -> None:
-        cgroup.enter(entrances)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
-        if not entrances:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        if is_root:
-            drop_root()
-        if not entrances:
-            hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-            bound = num_processes if hard < 0 else min(num_processes, hard)
-            resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
-    return enter
+@cache
+def _find_setpriv() -> str:
+    found = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin")
+    if found is None:
+        raise SandboxError("setpriv is absent, by which root is dropped; apt install util-linux")
+    return found
 
 
 def drop_root() -> None:

@@ -23,7 +23,7 @@ import sys, time
 from m1.sandbox.local import BubblewrapBackend
 box = BubblewrapBackend().open()
 print(box.name, flush=True)
-box.exec(["sleep", "600"])
+box.exec(["sh", "-c", "echo running; sleep 600"], on_output=lambda _, data: print("on", flush=True))
 """
 
 
@@ -168,7 +168,8 @@ def test_what_a_killed_owner_left_is_collected():
     owner = subprocess.Popen([sys.executable, "-c", OPENER], stdout=subprocess.PIPE, text=True)
     name = owner.stdout.readline().strip()
     folder = Path("/tmp", name)
-    until(lambda: _processes(name))
+    assert owner.stdout.readline() == "on\n"
+    assert _processes(name)
     backend.collect_garbage()
     assert folder.exists()  # its owner lives
     owner.send_signal(signal.SIGKILL)
