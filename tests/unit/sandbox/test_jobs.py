@@ -27,10 +27,10 @@ def importable(monkeypatch):
 
 
 class Killer:
-    """Kills a random living worker again and again."""
+    """Kills a random living worker again and again, at most `most` times."""
 
-    def __init__(self, seconds, seed=0):
-        self.pids, self.num_kills = [], 0
+    def __init__(self, seconds, seed=0, most=10**9):
+        self.pids, self.num_kills, self._most = [], 0, most
         self._random, self._seconds = random.Random(seed), seconds
         self._is_done = threading.Event()
         self._thread = threading.Thread(target=self._kill, daemon=True)
@@ -42,7 +42,7 @@ class Killer:
 
     def _kill(self):
         while not self._is_done.wait(self._random.uniform(0.5, 1.5) * self._seconds):
-            if self.pids:
+            if self.pids and self.num_kills < self._most:
                 try:
                     os.kill(self._random.choice(self.pids[-2:]), signal.SIGKILL)
                     self.num_kills += 1
@@ -65,9 +65,9 @@ def check(outcomes, num_jobs):
 
 
 def test_every_job_has_one_outcome_though_workers_are_killed():
-    killer = Killer(1.5)
+    killer = Killer(0.3, most=12)
     config = JobsConfig(num_workers=2, num_retries=20)
-    jobs = range(24)
+    jobs = range(60)
     outcomes = list(
         run_jobs(
             jobs,
@@ -78,7 +78,7 @@ def test_every_job_has_one_outcome_though_workers_are_killed():
         )
     )
     killer.close()
-    check(outcomes, 24)
+    check(outcomes, 60)
     errors = {outcome.job: outcome.infra_error for outcome in outcomes if outcome.infra_error}
     assert errors == {13: "ValueError: thirteen"}
     assert killer.num_kills > 0
