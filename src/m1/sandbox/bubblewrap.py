@@ -39,7 +39,7 @@ _ENTER = r"""
 IFS='
 '
 for group in $1; do echo 0 > "$group" || exit 125; done
-{ ulimit -c 0; ulimit -H -t $(($2 + 1)); ulimit -S -t "$2"; } 2>/dev/null
+{ ulimit -c 0; ulimit -S -t "$2"; ulimit -H -t $(($2 + 1)); } 2>/dev/null
 { ulimit -f "$3"; ulimit -n "$4"; } 2>/dev/null
 [ -z "$5" ] || ulimit -v "$5"
 if [ -n "$6" ]; then (ulimit -u "$6") 2>/dev/null && ulimit -u "$6" || ulimit -p "$6"; fi

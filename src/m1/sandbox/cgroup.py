@@ -82,9 +82,10 @@ def sweep() -> int:
     for name in kind.names():
         if not owner.is_alive(name.split("-")[2]):
             group = kind.existing(name)
-            group.kill()
-            group.remove()
-            removed += 1
+            with contextlib.suppress(SandboxError, OSError):  # others may be at it
+                group.kill()
+                group.remove()
+                removed += 1
     return removed
 
 

@@ -86,6 +86,24 @@ def test_every_job_has_one_outcome_though_workers_are_killed():
     assert left() == 0
 
 
+def test_neither_a_failing_clean_up_nor_failing_jobs_lose_an_outcome():
+    def refuse():
+        raise OSError("busy")
+
+    def drawn():
+        yield from (13, 0)
+        raise ValueError("no more")
+
+    config = JobsConfig(num_workers=1, num_retries=1, timeout_seconds=1)
+    outcomes = list(run_jobs([0], hang, config=config, clean_up=refuse))
+    assert [outcome.infra_error for outcome in outcomes] == ["timeout"]
+    found = []
+    with pytest.raises(ValueError, match="no more"):
+        for outcome in run_jobs(drawn(), grade):
+            found.append(outcome.job)
+    assert sorted(found) == [0, 13]
+
+
 def test_a_job_that_hangs_is_an_infrastructure_error():
     config = JobsConfig(num_workers=1, num_retries=1, timeout_seconds=1)
     started = time.monotonic()

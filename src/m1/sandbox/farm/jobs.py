@@ -5,6 +5,7 @@ its job is tried again elsewhere; after the last attempt the outcome is an infra
 never a verdict. What its sandboxes left is removed, since their owner is known to be dead.
 """
 
+import logging
 import multiprocessing
 import queue
 import threading
@@ -18,6 +19,7 @@ _J = TypeVar("_J")
 _R = TypeVar("_R")
 _CONTEXT = multiprocessing.get_context("spawn")
 _END_SECONDS = 5.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def run_jobs(
         work: A function of a module, called in a worker.
         config: Workers, attempts, time.
         clean_up: Called after each death of a worker and at the end, such as a backend's
-            `collect_garbage`.
+            `collect_garbage`. What it raises is logged: other workers may be at the same garbage.
         on_worker: Told the process id of every worker that starts.
     """
     config = config or JobsConfig()
@@ -70,7 +72,9 @@ def run_jobs(
     threads = [
         threading.Thread(target=slot.serve, args=(waiting, done), daemon=True) for slot in slots
     ]
-    feeder = threading.Thread(target=_feed, args=(jobs, waiting, config.num_workers), daemon=True)
+    failures: list[Exception] = []
+    given = (jobs, waiting, config.num_workers, failures)
+    feeder = threading.Thread(target=_feed, args=given, daemon=True)
     for thread in (*threads, feeder):
         thread.start()
     open_slots = config.num_workers
@@ -80,8 +84,9 @@ def run_jobs(
             open_slots -= 1
         else:
             yield outcome
-    if clean_up is not None:
-        clean_up()
+    _tidy(clean_up)
+    if failures:
+        raise failures[0]
 
 
 class _Slot:
@@ -103,11 +108,20 @@ class _Slot:
         """Take jobs until there are none; one outcome for each."""
         try:
             while (taken := waiting.get()) is not None:
-                index, job = taken
-                done.put(self._attempt_all(index, job))
+                done.put(self._outcome(*taken))
         finally:
             self._stop()
             done.put(None)
+
+    def _outcome(self, index: int, job: Any) -> JobOutcome[Any, Any]:
+        """An outcome whatever happens: a thread that ended with an error would lose its job."""
+        started = time.monotonic()
+        try:
+            return self._attempt_all(index, job)
+        except Exception as error:
+            self._stop()
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            return JobOutcome(index, job, None, reason, 1, time.monotonic() - started)
 
     def _attempt_all(self, index: int, job: Any) -> JobOutcome[Any, Any]:
         started = time.monotonic()
@@ -120,8 +134,7 @@ class _Slot:
             except _WorkerLost as lost:
                 error = str(lost)
                 self._stop()
-                if self._clean_up is not None:
-                    self._clean_up()
+                _tidy(self._clean_up)
                 continue
             seconds = time.monotonic() - started
             if is_fine:
@@ -165,10 +178,23 @@ class _WorkerLost(Exception):
     """The worker died or took too long."""
 
 
-def _feed(jobs: Iterable[Any], waiting: "queue.Queue[Any]", num_workers: int) -> None:
+def _tidy(clean_up: Callable[[], Any] | None) -> None:
+    if clean_up is None:
+        return
+    try:
+        clean_up()
+    except Exception:
+        _log.warning("what a dead worker left could not be removed yet", exc_info=True)
+
+
+def _feed(
+    jobs: Iterable[Any], waiting: "queue.Queue[Any]", num_workers: int, failures: list[Exception]
+) -> None:
     try:
         for index, job in enumerate(jobs):
             waiting.put((index, job))
+    except Exception as error:
+        failures.append(error)
     finally:
         for _ in range(num_workers):
             waiting.put(None)
