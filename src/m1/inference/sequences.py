@@ -38,8 +38,24 @@ class Sequence:
     """Tokens whose states and keys are in the cache: all but the newest, while it runs."""
     saved: Swapped | None = None
     """The cache's content while it is preempted."""
+    routed_experts: torch.Tensor | None = None
+    """int16 [prompt + tokens - 1, layers, k] once it has finished, where they are recorded."""
     finish_reason: str | None = None
     stop_string: str | None = None
+
+    def newest(self, top: tuple[tuple[int, float], ...]) -> TokenOutput:
+        """The last token; `top` are likely ones at its place with their log-probabilities."""
+        return TokenOutput(
+            index=self.order[1],
+            token=self.tokens[-1],
+            logprob=self.logprobs[-1],
+            sampling_logprob=self.sampling_logprobs[-1],
+            entropy=self.entropies[-1],
+            policy_version=self.versions[-1],
+            top=top[: self.params.top_logprobs],
+            finish_reason=self.finish_reason,
+            stop_string=self.stop_string,
+        )
 
 
 @dataclass(eq=False, slots=True)
