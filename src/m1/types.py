@@ -40,8 +40,8 @@ class Verdict:
 class RoutedExperts:
     """Experts that computed every token but the last (which no model has read), in each layer."""
 
-    values: bytes
-    """int16 in this machine's byte order, [prompt + completion tokens - 1, layers, k]."""
+    values: str
+    """Base64 of little-endian int16 [prompt + completion tokens - 1, layers, k]."""
     num_layers: int
     top_k: int
     """k."""

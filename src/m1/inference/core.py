@@ -16,6 +16,7 @@ from m1.inference.host import HostDecoder
 from m1.inference.invariant import invariant_linear
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams, TokenOutput
+from m1.inference.recorded import pack_experts
 from m1.inference.runner import ModelRunner
 from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample, sample_plain
 from m1.inference.scheduler import Scheduler
@@ -285,5 +286,6 @@ class EngineCore:
         if self.scheduler.prefixes.capacity:
             known = sequence.prompt + tuple(sequence.tokens[:-1])
             self.scheduler.prefixes.keep(known, sequence.slot, sequence.pages)
-        sequence.routed_experts = self.cache.experts_of(sequence.pages, sequence.length)
+        experts = self.cache.experts_of(sequence.pages, sequence.length)
+        sequence.routed_experts = None if experts is None else pack_experts(experts)
         self.scheduler.release(sequence)

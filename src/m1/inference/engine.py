@@ -12,7 +12,7 @@ from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.inference.sequences import Sequence
 from m1.inference.weights import apply, stage
-from m1.types import Completion, M1Error, RoutedExperts
+from m1.types import Completion, M1Error
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,5 @@ def completion(sequence: Sequence) -> Completion:
         entropies=tuple(sequence.entropies),
         finish_reason=sequence.finish_reason,
         policy_versions=tuple(sequence.versions),
-        routed_experts=_routed(sequence.routed_experts),
+        routed_experts=sequence.routed_experts,
     )
-
-
-def _routed(found: torch.Tensor | None) -> RoutedExperts | None:
-    if found is None:
-        return None
-    _, num_layers, top_k = found.shape
-    return RoutedExperts(found.numpy().tobytes(), num_layers, top_k)

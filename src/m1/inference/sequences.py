@@ -9,6 +9,7 @@ import torch
 from m1.inference.cache import Swapped
 from m1.inference.params import SamplingParams, TokenOutput
 from m1.inference.sampler import RandomStream
+from m1.types import RoutedExperts
 
 Order = tuple[int, int]
 """Arrival of the request, number of the completion: who was there first is served first."""
@@ -38,8 +39,8 @@ class Sequence:
     """Tokens whose states and keys are in the cache: all but the newest, while it runs."""
     saved: Swapped | None = None
     """The cache's content while it is preempted."""
-    routed_experts: torch.Tensor | None = None
-    """int16 [prompt + tokens - 1, layers, k] once it has finished, where they are recorded."""
+    routed_experts: RoutedExperts | None = None
+    """Once it has finished, where they are recorded."""
     finish_reason: str | None = None
     stop_string: str | None = None
 
@@ -55,6 +56,7 @@ class Sequence:
             top=top[: self.params.top_logprobs],
             finish_reason=self.finish_reason,
             stop_string=self.stop_string,
+            routed_experts=self.routed_experts,
         )
 
 

@@ -38,8 +38,14 @@ class MicroBatch:
         )
 
     def without_loss(self) -> "MicroBatch":
-        """The same sequences, none of which counts in a loss or in a sum over sampled tokens."""
+        """The same sequences, none of which counts in a loss or in a sum over tokens."""
         extras = dict(self.extras)
         if "loss_mask" in extras:
             extras["loss_mask"] = torch.zeros_like(extras["loss_mask"])
-        return replace(self, weights=torch.zeros_like(self.weights), extras=extras)
+        routed = self.routed_experts
+        return replace(
+            self,
+            weights=torch.zeros_like(self.weights),
+            extras=extras,
+            routed_experts=None if routed is None else torch.full_like(routed, -1),
+        )

@@ -94,7 +94,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             samples = train_samples(
                 sampled.kept,
                 scale=config.advantage.scale,
-                replays_routing=config.routing_replay == "rollout",
+                replayed_experts=_replayed_experts(recipe, config),
             )
             if samples:
                 scored = _score(trainer, samples, config, reference, watch)
@@ -148,6 +148,14 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     output = publish(context, trainer, num_updates, **gate.facts())
     publish_pass_rates(context, earlier=earlier_length(context))
     return output
+
+
+def _replayed_experts(recipe: Recipe, config: RlConfig) -> int | None:
+    """How many experts there are, where their choice is replayed."""
+    if config.routing_replay == "off":
+        return None
+    assert recipe.model.moe is not None
+    return recipe.model.moe.num_experts
 
 
 def _reference(trainer: Trainer, config: RlConfig, parent: object) -> Reference | None:

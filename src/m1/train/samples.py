@@ -2,31 +2,40 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
+from m1.inference.recorded import unpack_experts
 from m1.train.advantage import batch_advantages
 from m1.train.batches import TrainSample
 from m1.types import Completion, M1Error, RolloutGroup
 
 
 def train_samples(
-    groups: Sequence[RolloutGroup], *, scale: str = "group_std", replays_routing: bool = False
+    groups: Sequence[RolloutGroup],
+    *,
+    scale: str = "group_std",
+    replayed_experts: int | None = None,
 ) -> list[TrainSample]:
     """Join prompts and completions and give every rollout its group-relative advantage (Eq. 2).
 
-    Failed rollouts are left out; `scale` is that of `m1.train.advantage.batch_advantages`. With
-    `replays_routing` the samples carry the experts that the engine chose.
+    Failed rollouts are left out.
+
+    Args:
+        groups: As sampled and scored.
+        scale: See `m1.train.advantage.batch_advantages`.
+        replayed_experts: Number of experts of the model, where the samples are to carry those that
+            the engine chose.
 
     Raises:
-        M1Error: The experts of a completion are to be replayed, but were not recorded.
+        M1Error: The experts of a completion are to be replayed, but were not recorded, or cannot
+            be.
     """
     scores = [
         ([r.reward.total for r in g.rollouts], [r.reward.is_failed for r in g.rollouts])
         for g in groups
     ]
     return [
-        _sample(rollout.completion, advantage, prompt, replays_routing=replays_routing)
+        _sample(rollout.completion, advantage, prompt, replayed_experts)
         for prompt, (group, advantages) in enumerate(
             zip(groups, batch_advantages(scores, scale=scale), strict=True)
         )
@@ -36,7 +45,7 @@ def train_samples(
 
 
 def _sample(
-    completion: Completion, advantage: float, prompt: int, *, replays_routing: bool
+    completion: Completion, advantage: float, prompt: int, replayed_experts: int | None
 ) -> TrainSample:
     ids = torch.tensor(completion.prompt_tokens + completion.tokens)
     num_prompt = len(completion.prompt_tokens)
@@ -49,20 +58,16 @@ def _sample(
         behaviour_logprobs=logprobs,
         advantage=advantage,
         prompt=prompt,
-        routed_experts=_experts(completion) if replays_routing else None,
+        routed_experts=None if replayed_experts is None else _experts(completion, replayed_experts),
     )
 
 
-def _experts(completion: Completion) -> torch.Tensor:
+def _experts(completion: Completion, num_experts: int) -> torch.Tensor:
     """int16 [prompt + completion tokens - 1, layers, k]."""
-    found = completion.routed_experts
-    count = len(completion.prompt_tokens) + len(completion.tokens) - 1
-    if found is None or len(found.values) != 2 * count * found.num_layers * found.top_k:
-        told = "none" if found is None else f"{len(found.values)} bytes"
+    if completion.routed_experts is None:
         raise M1Error(
-            f"the engine recorded {told} of experts for a completion of {count + 1} tokens, but "
-            "rl.routing_replay needs those of every token but the last; set it to 'off', or sample "
-            "with an engine that records them"
+            "rl.routing_replay is 'rollout', but the engine recorded no experts; start its server "
+            "with --record-experts, or set routing_replay to 'off'"
         )
-    values = np.frombuffer(found.values, dtype=np.int16).copy()
-    return torch.from_numpy(values).view(count, found.num_layers, found.top_k)
+    count = len(completion.prompt_tokens) + len(completion.tokens) - 1
+    return unpack_experts(completion.routed_experts, num_tokens=count, num_experts=num_experts)

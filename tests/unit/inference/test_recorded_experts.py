@@ -8,8 +8,9 @@ from m1.config.schema import ModelConfig, MoeConfig
 from m1.inference.core import EngineCore
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
+from m1.inference.recorded import pack_experts, unpack_experts
 from m1.model.packing import pack
-from m1.types import M1Error
+from m1.types import M1Error, RoutedExperts
 
 CONFIG = ModelConfig(
     num_layers=3,
@@ -63,7 +64,7 @@ def assert_recorded_as_computed(model, sequences) -> None:
     """Same weights, so rounding alone could make a difference; these seeds have none."""
     for sequence in sequences:
         known = sequence.prompt + tuple(sequence.tokens[:-1])
-        found = sequence.routed_experts
+        found = unpack_experts(sequence.routed_experts, num_tokens=len(known), num_experts=5)
         assert found.dtype == torch.int16 and found.shape == (len(known), 3, 2)
         made = torch.zeros(len(known), 3, 5).scatter(2, found.long(), 1).bool()
         assert torch.equal(made, by_forward(model, known))
@@ -110,3 +111,15 @@ def test_a_dense_model_has_none_to_record(make_model):
     dense = make_model(CONFIG.model_copy(update={"moe": None, "ffn_hidden_size": 24}))
     with pytest.raises(M1Error, match=r"layers are dense; turn record_experts off"):
         make(dense)
+
+
+def test_records_travel_and_broken_ones_are_named():
+    experts = torch.tensor([[[0, 4]], [[3, 258]]], dtype=torch.int16)
+    packed = pack_experts(experts)
+    # little-endian: 0, 4, 3, 0x0102
+    assert packed == RoutedExperts("AAAEAAMAAgE=", num_layers=1, top_k=2)
+    assert torch.equal(unpack_experts(packed, num_tokens=2, num_experts=259), experts)
+    with pytest.raises(M1Error, match="recorded 8 bytes of experts, but 3 tokens by 1"):
+        unpack_experts(packed, num_tokens=3, num_experts=259)
+    with pytest.raises(M1Error, match=r"experts 0 to 258, but the model has 0 to 257"):
+        unpack_experts(packed, num_tokens=2, num_experts=258)
