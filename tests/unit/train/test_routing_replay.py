@@ -116,7 +116,7 @@ def test_replay_takes_the_jumps_out_of_what_another_rounding_would_change(moved_
     with_replay, without = (
         mismatch_metrics(samples, old)["rl/mismatch_ratio_max"] - 1 for old in (replayed, own)
     )
-    # Measured: 0.2% of choices differ; 0.02 with replay and 0.5 without.
+    # Measured: 0.27% of choices differ; a ratio of 1.035 with replay, 1.41 without.
     assert 0 < differing < 0.02
     assert with_replay < 0.05 < 0.2 < without
 
