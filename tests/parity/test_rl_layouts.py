@@ -33,9 +33,8 @@ LOSSES = {
     "dapo-prompt": {"name": "dapo", "aggregation": "prompt_mean", "kl_coefficient": 0.1},
     "gspo": {"name": "gspo", "mask_eps_low": 0.05, "mask_eps_high": 0.05},
     "mix": {"aggregation": "sample_token_mix", "clip_eps_high": 0.2},
-    "replay": {"clip_eps_high": 0.2},
 }
-REPLAYED = ("replay",)
+REPLAYED = ("mix",)
 """Of these the samples name their experts, at random."""
 SIZES = (1000, 24)
 """Tokens of a micro-batch: all of them, and as few as the longest completion needs."""
@@ -60,7 +59,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_replayed_experts_change_what_is_scored(results):
-    plain, replayed = (results["one"][name]["1000"] for name in ("cispo", "replay"))
+    plain, replayed = (results["one"][name]["1000"] for name in ("cispo", "mix"))
     assert "rl/routing_difference_fraction" not in plain
     # Two of four experts at random are the router's own pair once in six.
     assert 0.75 < replayed["rl/routing_difference_fraction"] < 0.92
