@@ -68,6 +68,10 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Bits independent of other requests; slower.")
     ] = False,
+    record_experts: Annotated[
+        bool,
+        typer.Option("--record-experts", help="/generate says which experts computed each token."),
+    ] = False,
     timeout_seconds: Annotated[float, typer.Option(help="Of a request.", min=0.001)] = 600.0,
     drain_seconds: Annotated[
         int, typer.Option(help="What open requests get after SIGTERM.", min=0)
@@ -107,6 +111,7 @@ def serve(
         step_tokens=step_tokens,
         prefix_bytes=prefix_cache_mib * _MIB,
         is_invariant=batch_invariant,
+        record_experts=record_experts,
     )
     text = TextTokenizer(served.tokenizer_folder)
     core = EngineCore(served.model, num_tokens=text.vocab_size, limits=limits, tokenizer=text)

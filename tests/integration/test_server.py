@@ -314,7 +314,8 @@ def engine_requests():
 
 @pytest.fixture
 def invariant_server(served_model, hf_folder):
-    with local_server(served_model, hf_folder, is_invariant=True) as running:
+    sizes = {"is_invariant": True, "record_experts": True}
+    with local_server(served_model, hf_folder, **sizes) as running:
         yield running
 
 
@@ -323,7 +324,7 @@ def test_the_engine_behind_http_gives_what_the_local_one_gives(invariant_server,
     stop = invariant_server.tokenizer.stop_tokens[0]
     remote = HttpEngine(invariant_server.url, stop_token=stop)
     size = invariant_server.tokenizer.vocab_size
-    local = LocalEngine(served_model, stop_token=stop, num_tokens=size)
+    local = LocalEngine(served_model, stop_token=stop, num_tokens=size, record_experts=True)
     for ours, theirs in zip(
         local.generate(engine_requests(), sampling),
         remote.generate(engine_requests(), sampling),
@@ -334,6 +335,7 @@ def test_the_engine_behind_http_gives_what_the_local_one_gives(invariant_server,
             assert (a.finish_reason, a.policy_versions) == (b.finish_reason, b.policy_versions)
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
             assert a.entropies == pytest.approx(b.entropies, abs=1e-5)
+            assert a.routed_experts == b.routed_experts is not None
     again = remote.generate(engine_requests(), sampling)
     assert again == remote.generate(engine_requests(), sampling)
     with pytest.raises(M1Error, match="max_position"):

@@ -27,6 +27,7 @@ from m1.config.schema import (  # noqa: E402
 )
 from m1.model.parallel import initialize  # noqa: E402
 from m1.train.batches import TrainSample  # noqa: E402
+from m1.train.monitors import routing_metrics  # noqa: E402
 from m1.train.trainer import Trainer  # noqa: E402
 from m1.train.updates import Scored, score_samples, update  # noqa: E402
 
@@ -34,13 +35,17 @@ VOCAB = 64
 LENGTHS = (9, 22, 13, 5, 17, 8)
 
 
-def make_samples() -> list[TrainSample]:
+def make_samples(model: ModelConfig, *, replays: bool) -> list[TrainSample]:
     """Six completions of three prompts, of lengths that only padding divides among ranks."""
+    assert model.moe is not None
+    experts = torch.Generator().manual_seed(7)
     generator = torch.Generator().manual_seed(5)
     made = []
     for number, length in enumerate(LENGTHS):
         ids = torch.randint(VOCAB, (length + 1,), generator=generator)
         mask = torch.arange(length) >= 2
+        noise = torch.rand(length, model.num_layers, model.moe.num_experts, generator=experts)
+        routed = noise.argsort(-1)[..., : model.moe.top_k].to(torch.int16)
         made.append(
             TrainSample(
                 tokens=ids[:-1],
@@ -49,12 +54,15 @@ def make_samples() -> list[TrainSample]:
                 behaviour_logprobs=-3 * torch.rand(length, generator=generator) * mask,
                 advantage=(1.0, -1.0, 0.5, -0.5, -1.3, 1.3)[number],
                 prompt=number // 2,
+                routed_experts=routed if replays else None,
             )
         )
     return made
 
 
-def learn(trainer: Trainer, loss: dict, max_tokens: int) -> dict[str, float]:
+def learn(
+    trainer: Trainer, loss: dict, max_tokens: int, samples: list[TrainSample]
+) -> dict[str, float]:
     """Metrics of one update by a loss, the policy having moved since the batch was scored."""
     config = RlConfig(
         num_steps=1,
@@ -65,13 +73,13 @@ def learn(trainer: Trainer, loss: dict, max_tokens: int) -> dict[str, float]:
         loss=LossConfig.model_validate(loss),
         optimizer=OptimizerConfig(lr=1e-30),
     )
-    samples = make_samples()
     scores = score_samples(trainer, samples, config)
+    routing = routing_metrics(trainer)
     generator = torch.Generator().manual_seed(6)
     moved = [x + 0.3 * torch.randn(x.shape, generator=generator) for x in scores]
     metrics = update(trainer, samples, Scored(moved, scores), config, step=0)
     total = sum(float(x[s.loss_mask].sum()) for x, s in zip(scores, samples, strict=True))
-    return {**metrics, "scored": total}
+    return {**metrics, **routing, "scored": total}
 
 
 def work(rank: int, name: str, job: dict) -> None:
@@ -85,7 +93,12 @@ def work(rank: int, name: str, job: dict) -> None:
         trainer.save(root / "start", {"step": 0})
     trainer.load(root / "start")
     found = {
-        loss: {str(size): learn(trainer, config, size) for size in job["sizes"]}
+        loss: {
+            str(size): learn(
+                trainer, config, size, make_samples(model, replays=loss in job["replayed"])
+            )
+            for size in job["sizes"]
+        }
         for loss, config in job["losses"].items()
     }
     if rank == 0:

@@ -21,13 +21,21 @@ MODEL = ModelConfig(
     max_position=64,
     init_std=0.2,
 )
-LAYOUTS = {"one": {}, "dp2": {"data": 2}, "tp2": {"tensor": 2}, "cp2": {"context": 2}}
+LAYOUTS = {
+    "one": {},
+    "dp2": {"data": 2},
+    "tp2": {"tensor": 2},
+    "cp2": {"context": 2},
+    "ep2": {"data": 2, "expert": 2},
+}
 LOSSES = {
     "cispo": {"clip_eps_high": 0.2, "behaviour_cap": 2.0},
     "dapo-prompt": {"name": "dapo", "aggregation": "prompt_mean", "kl_coefficient": 0.1},
     "gspo": {"name": "gspo", "mask_eps_low": 0.05, "mask_eps_high": 0.05},
     "mix": {"aggregation": "sample_token_mix", "clip_eps_high": 0.2},
 }
+REPLAYED = ("mix",)
+"""Of these the samples name their experts, at random."""
 SIZES = (1000, 24)
 """Tokens of a micro-batch: all of them, and as few as the longest completion needs."""
 # Measured: at most 2.4e-7.
@@ -39,7 +47,8 @@ def results(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("rl-layouts")
     model = MODEL.model_dump(mode="json")
     job = {
-        "root": str(root), "model": model, "layouts": LAYOUTS, "losses": LOSSES, "sizes": SIZES
+        "root": str(root), "model": model, "layouts": LAYOUTS, "losses": LOSSES, "sizes": SIZES,
+        "replayed": REPLAYED,
     }  # fmt: skip
     (root / "job.json").write_text(json.dumps(job))
     worker = Path(__file__).with_name("rl_layout_worker.py")
@@ -47,6 +56,14 @@ def results(tmp_path_factory) -> dict[str, dict]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return {name: json.loads((root / f"{name}.json").read_text()) for name in LAYOUTS}
+
+
+def test_replayed_experts_change_what_is_scored(results):
+    plain, replayed = (results["one"][name]["1000"] for name in ("cispo", "mix"))
+    assert "rl/routing_difference_fraction" not in plain
+    # Two of four experts at random are the router's own pair once in six.
+    assert 0.75 < replayed["rl/routing_difference_fraction"] < 0.92
+    assert abs(replayed["scored"] - plain["scored"]) > 0.1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,7 +1,8 @@
 """Runs the rl stage and kills it with SIGKILL in given phases; `rl_kills.py JOB.json`.
 
-Imports once, then forks a process for every attempt. What a job holds: `root`, `sets` (overrides of
-the miniature recipe) and `kills` ([phase, steps done] each); afterwards the stage runs to its end.
+Imports once, then forks a process for every attempt. A job has a `root` and `stages`, which it runs
+one after the other, each with `sets` (overrides of the miniature recipe) and `kills` ([phase, steps
+done] each), after which it runs to its end.
 """
 
 import gc
@@ -29,17 +30,18 @@ from m1.tracking.events import read_events  # noqa: E402
 RECIPE = Path(__file__).parents[1] / "recipes" / "mini.toml"
 
 
-def work(job: dict, events: str) -> None:
+def work(root: str, sets: list[str], events: str) -> None:
     os.environ["M1_EVENTS"] = events
-    recipe = load_recipe([RECIPE], overrides=[f"storage.root={job['root']}", *job["sets"]])
+    recipe = load_recipe([RECIPE], overrides=[f"storage.root={root}", *sets])
     run_stage("rl", recipe)
     os._exit(0)  # gloo's threads may outlive an orderly end
 
 
-def attempt(job: dict, events: Path, kill: tuple[str, int] | None) -> None:
+def attempt(root: str, sets: list[str], kill: tuple[str, int] | None) -> None:
     context = multiprocessing.get_context("fork")
+    events = Path(root) / "rl-kills.jsonl"
     _, offset = read_events(events)
-    process = context.Process(target=work, args=(job, str(events)))
+    process = context.Process(target=work, args=(root, sets, str(events)))
     process.start()
     deadline = time.monotonic() + 300
     while kill is not None:
@@ -59,9 +61,9 @@ def attempt(job: dict, events: Path, kill: tuple[str, int] | None) -> None:
 def main(job: dict) -> None:
     torch.set_num_threads(1)
     gc.freeze()
-    events = Path(job["root"]) / "rl-kills.jsonl"
-    for kill in [*map(tuple, job["kills"]), None]:
-        attempt(job, events, kill)
+    for stage in job["stages"]:
+        for kill in [*map(tuple, stage["kills"]), None]:
+            attempt(job["root"], stage["sets"], kill)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ typedef struct {
   const float *router;              // null: one dense feed-forward, in shared_*
   const float *fc1, *fc2;           // of all experts
   const float *shared_fc1, *shared_fc2;
+  int16_t *routed_experts;          // [pages, page_size, k], or null
 } Layer;
 
 typedef struct {
@@ -270,6 +271,17 @@ static void add(const Model *model, int64_t M, Scratch s, float alpha, float bet
       s.residual[m * h + i] = alpha * base[m * h + i] + beta * branch[m * width + i];
 }
 
+static void record(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
+                   int64_t M, const int64_t *chosen) {
+  int64_t size = model->page_size, k = layer->top_k;
+  for (int64_t m = 0; m < M; ++m) {
+    int64_t row = first + m, at = batch->positions[row];
+    int64_t page = batch->pages[row * batch->row_pages + at / size];
+    int16_t *to = layer->routed_experts + (page * size + at % size) * k;
+    for (int64_t i = 0; i < k; ++i) to[i] = (int16_t)chosen[m * k + i];
+  }
+}
+
 static void block(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
                   int64_t M, Scratch s) {
   int64_t h = model->hidden, W = model->heads * model->dim;
@@ -286,6 +298,7 @@ static void block(const Model *model, const Layer *layer, const Batch *batch, in
   for (int64_t m = 0; m < M; ++m)
     norm(s.residual + m * h, layer->mlp_norm, model->norm_epsilon, s.x + m * h, h);
   feed_forward(model, layer, M, s, s.inner);
+  if (layer->router && layer->routed_experts) record(model, layer, batch, first, M, s.chosen);
   add(model, M, s, layer->mlp_alpha, layer->mlp_beta, s.inner, h);
 }
 

@@ -235,8 +235,17 @@ class Recipe(Config):
             )
         if self.rl is not None:
             texts += self._rl_source_mistakes(self.rl)
+            texts += self._replay_mistakes(self.rl)
         refuse(texts)
         return self
+
+    def _replay_mistakes(self, rl: RlConfig) -> list[str]:
+        if rl.routing_replay == "off" or self.model.moe is not None:
+            return []
+        return [
+            f"rl.routing_replay is {rl.routing_replay!r}, but model.moe is absent, so there is no "
+            "routing; set it to 'off'"
+        ]
 
     def _rl_source_mistakes(self, rl: RlConfig) -> list[str]:
         """Names of task sources in the rl table that are none."""

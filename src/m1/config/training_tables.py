@@ -243,6 +243,9 @@ class RlConfig(Config):
     """Objective."""
     rollout: RolloutConfig = RolloutConfig()
     """Who samples."""
+    routing_replay: Literal["off", "rollout"] = "off"
+    """Which experts of an MoE compute a sampled token in the trainer: its router's own choice, or
+    those that computed it when it was sampled (R3), with the trainer's own weights of them."""
     reward_service: RewardServiceConfig = RewardServiceConfig()
     """Verifiers in processes of their own."""
     skip_grad_norm: PositiveFloat | None = None

@@ -17,7 +17,7 @@ from tenacity import (
 
 from m1.config.schema import RepetitionStopConfig, SamplingConfig
 from m1.inference.engine import Request
-from m1.types import Completion, M1Error
+from m1.types import Completion, M1Error, RoutedExperts
 
 _TRANSIENT = (429, 502, 503)
 
@@ -178,6 +178,9 @@ class HttpEngine:
                 entropies=tuple(found["entropies"]),
                 finish_reason=found["finish_reason"],
                 policy_versions=tuple(found["policy_versions"]),
+                routed_experts=RoutedExperts(**told)
+                if (told := found.get("routed_experts"))
+                else None,
             )
             for found in self._http.post("/generate", body)["completions"]
         ]

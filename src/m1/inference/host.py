@@ -51,7 +51,13 @@ class HostDecoder:
             "head": found.head,
             "inverse_frequencies": found.inverse_frequencies.float(),
         }
-        self._model = HostModel(sizes, [_layer(x, found.top_k, cache) for x in found.layers])
+        self._model = HostModel(
+            sizes,
+            [
+                _layer(layer, found.top_k, cache) | _record(number, cache)
+                for number, layer in enumerate(found.layers)
+            ],
+        )
 
     def __call__(self, step: Step) -> torch.Tensor:
         """Logits float32 [R, V]; states and keys of all tokens enter the cache."""
@@ -95,6 +101,11 @@ def _layer(layer: Layer, top_k: int, cache: Cache) -> dict[str, Any]:
             "values": cache.values[layer.cache_index],
         }
     return found | _experts(layer.mlp, top_k)
+
+
+def _record(number: int, cache: Cache) -> dict[str, Any]:
+    table = cache.routed_experts
+    return {} if table is None else {"routed_experts": table[number]}
 
 
 def _experts(weights: FeedForward, top_k: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m1.storage import atomic_write, disk_errors
-from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
+from m1.types import Completion, Reward, Rollout, RolloutGroup, RoutedExperts, Task
 
 _SUFFIX = ".group.json"
 _STEPS = "steps.jsonl"
@@ -103,4 +103,6 @@ def from_json(value: Mapping[str, Any]) -> RolloutGroup:
 
 def _completion(value: Mapping[str, Any]) -> Completion:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    if fields.get("routed_experts") is not None:
+        fields["routed_experts"] = RoutedExperts(**fields["routed_experts"])
     return Completion(**fields)

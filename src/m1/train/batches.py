@@ -29,6 +29,8 @@ class TrainSample:
     advantage: float
     prompt: int
     """Number of the prompt (group) in its batch."""
+    routed_experts: torch.Tensor | None = None
+    """int16 [T, layers, k], the engine's choice, where it is to be replayed."""
 
 
 def row_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -154,6 +156,7 @@ def _join_samples(
         "behaviour_logprobs": torch.cat([s.behaviour_logprobs for s in chosen]),
         "sequence": torch.arange(len(chosen)).repeat_interleave(lengths),
     }
+    routed = [s.routed_experts for s in chosen if s.routed_experts is not None]
     given = {name: torch.cat([values[i] for i in group]) for name, values in extras.items()}
     return MicroBatch(
         tokens=torch.cat([s.tokens for s in chosen]),
@@ -161,6 +164,7 @@ def _join_samples(
         lengths=lengths,
         weights=torch.cat([weights[i] for i in group]),
         extras=own | given,
+        routed_experts=torch.cat(routed) if routed else None,
     )
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from m1.config.schema import AlarmConfig
+from m1.model.routing import take_difference
 from m1.rollout.filtering import SampledBatch
 from m1.train.batches import TrainSample
+from m1.train.trainer import Trainer
 from m1.types import M1Error
 
 
@@ -67,6 +69,16 @@ def mismatch_metrics(
     if bool((probabilities.std(dim=1) > 0).all()):  # else the correlation is not defined
         metrics["rl/probability_correlation"] = float(torch.corrcoef(probabilities)[0, 1])
     return metrics
+
+
+def routing_metrics(trainer: Trainer) -> dict[str, float]:
+    """Of what was scored by the engine's experts; nothing where none were replayed.
+
+    `routing_difference_fraction` is the share of tokens, prompts among them, and layers for which
+    the trainer by itself would have chosen other experts.
+    """
+    found = take_difference(trainer.model)
+    return {} if found is None else {"rl/routing_difference_fraction": found}
 
 
 def sampled_logprobs(

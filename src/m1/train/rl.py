@@ -29,6 +29,7 @@ from m1.train.monitors import (
     Patience,
     mismatch_metrics,
     rollout_metrics,
+    routing_metrics,
     sampled_logprobs,
 )
 from m1.train.recording import publish_pass_rates, record_rollouts, rewind_rollouts
@@ -90,10 +91,15 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
             _name_faults(context, sampled)
             tasks.observe(sampled.all)
             metrics |= gate.step(sampled.all)
-            samples = train_samples(sampled.kept, scale=config.advantage.scale)
+            samples = train_samples(
+                sampled.kept,
+                scale=config.advantage.scale,
+                replayed_experts=_replayed_experts(recipe, config),
+            )
             if samples:
                 scored = _score(trainer, samples, config, reference, watch)
                 metrics |= mismatch_metrics(samples, scored.old_logprobs)
+                metrics |= routing_metrics(trainer)
             is_skipped = alarms.check(metrics)
             if samples and not is_skipped:
                 with watch("update"):
@@ -144,6 +150,14 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     return output
 
 
+def _replayed_experts(recipe: Recipe, config: RlConfig) -> int | None:
+    """How many experts there are, where their choice is replayed."""
+    if config.routing_replay == "off":
+        return None
+    assert recipe.model.moe is not None
+    return recipe.model.moe.num_experts
+
+
 def _reference(trainer: Trainer, config: RlConfig, parent: object) -> Reference | None:
     if not config.loss.kl_coefficient:
         return None
@@ -164,7 +178,8 @@ def _score(
         if reference is None:
             return Scored(old)
         with reference.in_place():
-            return Scored(old, score_samples(trainer, samples, config))
+            # The reference is a policy of its own, with its own routing.
+            return Scored(old, score_samples(trainer, samples, config, replays_routing=False))
 
 
 class _Watch:

@@ -92,6 +92,7 @@ def _local(parts: Parts, saved: Mapping[str, Any], stack: ExitStack) -> Rollouts
         stop_token=parts.tokenizer.end,
         num_tokens=parts.tokenizer.vocab_size,
         repetition_stop=parts.config.repetition_stop,
+        record_experts=parts.config.routing_replay == "rollout",
     )
 
     def load(version: int) -> None:

@@ -1,7 +1,7 @@
 """Off-policy updates on one batch of completions (paper sec. 3.1): score, then several updates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,20 @@ class Scored:
 
 
 def score_samples(
-    trainer: Trainer, samples: Sequence[TrainSample], config: RlConfig
+    trainer: Trainer,
+    samples: Sequence[TrainSample],
+    config: RlConfig,
+    *,
+    replays_routing: bool = True,
 ) -> list[torch.Tensor]:
     """Log-probabilities under the trainer's weights, float32 [T] a sample; replicas share the work.
 
     Before the first update of a batch these are old_logprobs: the engine computes in other orders
-    and precisions, and in asynchronous mode sampled with older weights.
+    and precisions, and in asynchronous mode sampled with older weights. Experts that the samples
+    name are used, unless `replays_routing` is False.
     """
+    if not replays_routing:
+        samples = [replace(sample, routed_experts=None) for sample in samples]
     sizes = [s.tokens.numel() for s in samples]
     plan = plan_micro_batches(
         sizes, max_tokens=config.micro_batch_tokens, num_replicas=trainer.parallel.data

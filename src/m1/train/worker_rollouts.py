@@ -131,6 +131,8 @@ def _workers(parts: Parts, parent: Path) -> list[Worker]:
     if config.worker_cache_gib is not None:
         options["--cache-gib"] = config.worker_cache_gib
     arguments = [str(part) for pair in options.items() for part in pair]
+    if parts.config.routing_replay == "rollout":
+        arguments.append("--record-experts")
     devices = config.worker_devices
     return [
         ServedProcess(
