@@ -207,11 +207,12 @@ def test_stages_without_the_tasks_they_need_are_refused(
 
 
 def test_routing_is_replayed_by_a_mixture_of_experts_only() -> None:
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
     replayed = {**RECIPE, "rl": {**RL, "routing_replay": "rollout"}}
-    found = Recipe.model_validate(replayed).rl
+    sparse = {**MODEL, "ffn_hidden_size": None, "moe": moe}
+    found = Recipe.model_validate({**replayed, "model": sparse}).rl
     assert found is not None and found.routing_replay == "rollout"
-    dense = {**{k: v for k, v in MODEL.items() if k != "moe"}, "ffn_hidden_size": 16}
-    assert mistakes(Recipe, {**replayed, "model": dense}) == (
+    assert mistakes(Recipe, replayed) == (
         "rl.routing_replay is 'rollout', but model.moe is absent, so there is no routing; set it "
         "to 'off'",
     )
