@@ -12,7 +12,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,pipelines,eval,serve,rewards,curate,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[cpu,pipelines,eval,serve,rewards,swe,curate,dev]"
 	touch $@
 
 run: setup

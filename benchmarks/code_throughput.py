@@ -2,20 +2,21 @@
 
     python -m benchmarks.code_throughput [--json OUT] [--programs N] [--workers W]
 
-A job is a sandbox opened, one test run in it, and closed; every program is another one, so nothing
-is cached. Beside it the same programs as plain processes without any isolation, in the same minute:
-the difference is the sandbox, the rest is Python's own start. The load of the machine is recorded,
-because the figure means nothing without it.
+A job is a sandbox opened, one test run in it, and closed; every program is another one, so no
+verdict is remembered. Beside it the same programs as plain processes without any isolation, in the
+same minute. The load of the machine is recorded, because wall time means nothing without it;
+processor time counts everything: service, workers, boxes and programs.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import psutil
 
 from benchmarks.machine import write
 from m1.rewards.service.pool import RewardService, ServiceConfig
@@ -37,13 +38,13 @@ def main() -> None:
         with RewardService(ServiceConfig(num_workers=workers)) as service:
             warm = [(task, f"print(int(input()) + 1)  # warm {i}") for i in range(2 * workers)]
             list(service.judge_all(warm))
-            load_before, children_before = os.getloadavg()[0], _cpu_seconds()
+            load_before, cpu_before = os.getloadavg()[0], _cpu_seconds()
             started = time.perf_counter()
             jobs = ((task, f"print(int(input()) + 1)  # {i}") for i in range(arguments.programs))
             found = list(service.judge_all(jobs))
             seconds = time.perf_counter() - started
+            cpu = _cpu_seconds() - cpu_before
         assert all(j.verdict is not None and j.verdict.accuracy == 1 for j in found)
-        cpu = _cpu_seconds() - children_before
         plain = _plain_per_second(arguments.programs, workers)
         rows.append(
             {
@@ -72,9 +73,9 @@ def _plain_per_second(count: int, workers: int) -> float:
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of all children it has waited for."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usage)
+    """Processor time of this process and of all below it, dead ones included."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ alone, and the cache's memory against `m1 plan`; on a CPU sampling as RL does it
 
 import argparse
 import gc
+import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.cases import attempt, clock, synchronize, use_processor_time
 from benchmarks.machine import write
 from m1.config.loading import load_recipe
 from m1.config.schema import ModelConfig, MoeConfig, SamplingConfig
@@ -50,11 +51,6 @@ MODEL = ModelConfig(
 )
 VOCAB = 32_768
 PAGE = {"cuda": 64, "cpu": 16}
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def engine(model: torch.nn.Module, vocab: int, *, batch: int, context: int, new: int) -> EngineCore:
@@ -102,12 +98,12 @@ def decode(
     for _ in range(warm):
         core.step()
     synchronize()
-    started = time.perf_counter()
+    started = clock()
     steps = case["new"] - warm - 2
     for _ in range(steps):
         core.step()
     synchronize()
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     length = core.limits.num_tokens // case["batch"]
     planned = decoding_bytes(config, list(config.layer_kinds), Decoding(case["batch"], length))
     return {
@@ -127,11 +123,11 @@ def shared_prompt(model: torch.nn.Module, vocab: int, *, context: int) -> dict[s
             tuple(range(1, context + 1)), SamplingParams(max_new_tokens=1), tuple(range(count))
         )
         synchronize()
-        started = time.perf_counter()
+        started = clock()
         while not core.is_idle:
             core.step()
         synchronize()
-        found[f"seconds_{count}"] = time.perf_counter() - started
+        found[f"seconds_{count}"] = clock() - started
         found[f"prefilled_tokens_{count}"] = core.num_prefilled
     return found
 
@@ -148,9 +144,9 @@ def groups_speed(model: torch.nn.Module, vocab: int, *, host_kernel: bool) -> fl
     sampling = SamplingConfig(max_new_tokens=32)
     seconds = []
     for _ in range(4):  # the first warms up
-        started = time.perf_counter()
+        started = clock()
         groups = local.generate(requests, sampling)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return sum(len(c.tokens) for group in groups for c in group) / min(seconds[1:])
 
 
@@ -165,7 +161,7 @@ def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> f
     with torch.no_grad():
         for count in (2, 2, new):
             synchronize()
-            started = time.perf_counter()
+            started = clock()
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -177,19 +173,24 @@ def transformers_speed(folder: Path, *, batch: int, context: int, new: int) -> f
                 max_new_tokens=count,
             )
             synchronize()
-            seconds[count] = time.perf_counter() - started
+            seconds[count] = clock() - started
     return batch * (new - 2) / (seconds[new] - seconds[2])
 
 
-def attempt(call: Any) -> Any:
-    try:
-        return call()
-    except torch.cuda.OutOfMemoryError as error:
-        return {"error": str(error).partition(".")[0]}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def beside(
+    model: torch.nn.Module, config: ModelConfig, vocab: int, folder: Path, case: dict[str, int],
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Engine and transformers in turns, for neighbours come and go; the median of the ratios."""
+    pairs = [
+        (
+            decode(model, config, vocab, case)["tokens_per_second"],
+            transformers_speed(folder, **case),
+        )
+        for _ in range(rounds)
+    ]
+    ratios = [ours / theirs for ours, theirs in pairs]
+    return {"tokens_per_second": pairs, "median_ratio": statistics.median(ratios)}
 
 
 def twin_of(config: ModelConfig) -> ModelConfig:
@@ -207,8 +208,14 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="Best of, on machines with neighbours."
     )
-    parser.add_argument("--skip", nargs="*", default=[], choices=["transformers", "twin"])
+    parser.add_argument(
+        "--processor-time", action="store_true", help="Of one thread, on a CPU with neighbours."
+    )
+    parser.add_argument("--case-seconds", type=int, default=0, help="Limit of a case; 0 for none.")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["engine", "transformers", "twin"])
     options = parser.parse_args()
+    if options.processor_time:
+        use_processor_time()
     cpu.without_compilation()
     initialize()
     config, vocab = (load_recipe([LAPTOP]).model, 1024) if options.laptop else (MODEL, VOCAB)
@@ -222,7 +229,10 @@ def main() -> None:
             for context in options.contexts:
                 case = {"batch": batch, "context": context, "new": options.new}
                 rounds = [
-                    attempt(lambda m=model, c=own, k=case: decode(m, c, vocab, k))
+                    attempt(
+                        lambda m=model, c=own, k=case: decode(m, c, vocab, k),
+                        seconds=options.case_seconds,
+                    )
                     for _ in range(options.rounds)
                 ]
                 best = max(rounds, key=lambda found: found.get("tokens_per_second", 0))
@@ -232,7 +242,8 @@ def main() -> None:
         if name == "engine":
             longest = min(8192, config.max_position - 64, vocab - 2)
             results["shared_prompt"] = attempt(
-                lambda m=model, n=longest: shared_prompt(m, vocab, context=n)
+                lambda m=model, n=longest: shared_prompt(m, vocab, context=n),
+                seconds=options.case_seconds,
             )
             print("shared prompt", results["shared_prompt"], flush=True)
             if options.laptop:
@@ -248,16 +259,24 @@ def main() -> None:
                     context = min(options.peer_context, min(options.contexts))
                     case = {"batch": batch, "context": context, "new": options.new}
                     speeds = [
-                        attempt(lambda k=case: transformers_speed(Path(folder), **k))
+                        attempt(
+                            lambda k=case: transformers_speed(Path(folder), **k),
+                            seconds=options.case_seconds,
+                        )
                         for _ in range(options.rounds)
                     ]
                     best = max((s for s in speeds if isinstance(s, float)), default=speeds[0])
                     results["transformers"][f"{batch}x{context}"] = best
                     print("transformers", batch, context, best, flush=True)
                     write(options.json, {"results": results})
+                if options.rounds > 1:
+                    case |= {"batch": 32}
+                    found = beside(model, own, vocab, Path(folder), case, options.rounds)
+                    results["beside"] = found
+                    print("in turns", found, flush=True)
         del model
         gc.collect()
-    write(options.json, {"results": results})
+    write(options.json, {"processor_time": options.processor_time, "results": results})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ def evaluate(
     output: Output[Artifact],
     sft: Input[Model] | None = None,
     rl: Input[Model] | None = None,
+    sandbox: Input[Dataset] | None = None,
 ) -> None:
     """Score every checkpoint on the held-out tasks."""
     from m1.launch import run_component
@@ -19,6 +20,6 @@ def evaluate(
     run_component(
         "evaluate",
         recipe,
-        inputs={"data": data, "pretrain": pretrain, "sft": sft, "rl": rl},
+        inputs={"data": data, "sandbox": sandbox, "pretrain": pretrain, "sft": sft, "rl": rl},
         output=output,
     )

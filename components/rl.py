@@ -11,10 +11,22 @@ def rl(
     pretrain: Input[Model],
     output: Output[Model],
     sft: Input[Model] | None = None,
+    sandbox: Input[Dataset] | None = None,
+    previous: Input[Model] | None = None,
+    stage: str = "rl",
 ) -> None:
     """Reinforcement learning with CISPO."""
     from m1.launch import run_component
 
     run_component(
-        "rl", recipe, inputs={"data": data, "pretrain": pretrain, "sft": sft}, output=output
+        stage,
+        recipe,
+        inputs={
+            "data": data,
+            "sandbox": sandbox,
+            "pretrain": pretrain,
+            "sft": sft,
+            "rl": previous,
+        },
+        output=output,
     )

@@ -26,10 +26,12 @@ cpu.without_compilation()  # before any test imports megatron-core
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist a module stays on one worker, and so do all that share the pipeline's run."""
+    """Under xdist one worker has a whole module, the pipeline's run, or the cluster."""
     for item in items:
         folder = item.path.parent
         name = folder if folder.name == "pipelines" else item.path
+        if item.get_closest_marker("cluster"):  # one cluster for all
+            name = Path("cluster")
         item.add_marker(pytest.mark.xdist_group(str(name)))
 
 

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from m1 import cli_chat, cli_convert, cli_curate, cli_grade, cli_plan, cli_recipe, cli_serve
+from m1 import (
+    cli_chat,
+    cli_convert,
+    cli_curate,
+    cli_grade,
+    cli_plan,
+    cli_recipe,
+    cli_rollouts,
+    cli_sandbox,
+    cli_sandbox_swe,
+    cli_serve,
+)
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.types import M1Error
@@ -20,12 +31,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_recipe.app, name="recipe")
+cli_sandbox_swe.register(cli_sandbox.app)
+app.add_typer(cli_sandbox.app, name="sandbox")
+app.add_typer(cli_rollouts.app, name="rollouts")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
+app.command()(cli_curate.calibrate)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")
@@ -55,7 +70,13 @@ def run(recipe: Recipes, overrides: Overrides = None) -> None:
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="data, pretrain, sft, rl, evaluate or register.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="data, sandbox, pretrain, sft, rl (with lengths rl_40960, ...), evaluate or "
+            "register."
+        ),
+    ],
     recipe: Recipes,
     overrides: Overrides = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`m1 curate`: tasks fit for RL from sets that are not yet."""
+"""`m1 curate`: tasks fit for RL from sets that are not yet. `m1 calibrate`: useful difficulties."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from m1.curate.calibration_files import calibrate_files, read_calibration
 from m1.curate.files import curate_files, read_settings
 
 
@@ -26,3 +27,18 @@ def curate(
         f"{card['num_kept']} kept, {card['num_dropped']} dropped, {card['num_opened']} made open; "
         f"wrote {output}"
     )
+
+
+def calibrate(
+    settings: Annotated[Path, typer.Argument(help="TOML file: [base] and [strong] models, tasks.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Sample models on logic tasks and find the difficulties that are worth training on."""
+    console = Console()
+    config = read_calibration(settings)
+    table = calibrate_files(config, output, report=lambda cell: console.print(f"  {cell}"))
+    shown = Table("task", "useful difficulties")
+    for name, difficulties in table.items():
+        shown.add_row(name, " ".join(map(str, difficulties)) or "none")
+    console.print(shown)
+    console.print(f"wrote {output}")

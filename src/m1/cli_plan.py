@@ -22,7 +22,7 @@ def plan(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe."),
     ] = None,
-    stage: Annotated[str, typer.Option(help="pretrain, sft or rl.")] = "pretrain",
+    stage: Annotated[str, typer.Option(help="pretrain, sft, rl or rl_40960.")] = "pretrain",
     gpu: Annotated[str, typer.Option(help="h800, h100 or h200.")] = DEFAULT_GPU,
     mfu: Annotated[
         float, typer.Option(help="Share of the peak that model FLOPs reach.")

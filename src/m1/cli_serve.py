@@ -12,6 +12,7 @@ from rich.console import Console
 
 from m1.config.loading import load_recipe
 from m1.config.schema import ParallelConfig
+from m1.stage import exit_with_launcher
 
 _MIB, _GIB = 1 << 20, 1 << 30
 TOKEN_VARIABLE = "M1_SERVE_TOKEN"
@@ -67,6 +68,10 @@ def serve(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Bits independent of other requests; slower.")
     ] = False,
+    record_experts: Annotated[
+        bool,
+        typer.Option("--record-experts", help="/generate says which experts computed each token."),
+    ] = False,
     timeout_seconds: Annotated[float, typer.Option(help="Of a request.", min=0.001)] = 600.0,
     drain_seconds: Annotated[
         int, typer.Option(help="What open requests get after SIGTERM.", min=0)
@@ -78,6 +83,7 @@ def serve(
     SIGTERM lets open requests finish and takes no new ones.
     """
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks, m1 doctor says
+    exit_with_launcher()
     from m1.model import cpu
 
     cpu.without_compilation()  # before megatron-core is imported
@@ -105,6 +111,7 @@ def serve(
         step_tokens=step_tokens,
         prefix_bytes=prefix_cache_mib * _MIB,
         is_invariant=batch_invariant,
+        record_experts=record_experts,
     )
     text = TextTokenizer(served.tokenizer_folder)
     core = EngineCore(served.model, num_tokens=text.vocab_size, limits=limits, tokenizer=text)

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
-from m1.config.stages import image_digest, recipe_hash, stage_hashes, stages_of
+from m1.config.stages import image_digest, recipe_hash, stage_hashes, stage_kind, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import METRICS, PROBABILITIES, local_root, pointer_key, read_metrics
+from m1.stage import METRICS, PROBABILITIES, ROLLOUTS, local_root, pointer_key, read_metrics
 from m1.storage import atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
@@ -118,8 +118,8 @@ def conclude(
     failure: BaseException | None,
 ) -> dict[str, Any]:
     """Write summary.json, report.html and the lineage page, and end the MLflow run."""
-    from m1.evaluate.figures import render_figures
-    from m1.evaluate.report import write_report
+    from m1.evaluate.figures import joined_stages, render_figures
+    from m1.evaluate.report import sample_rollouts, write_report
     from m1.tracking.lineage import finish_pipeline, lineage_page, link_cached_stage
 
     pointers = finished_stages(recipe)
@@ -136,10 +136,11 @@ def conclude(
             )
     report = folder / "report.html"
     metrics = {s: read_metrics(_stage_folder(recipe, p) / METRICS) for s, p in pointers.items()}
+    reinforced = [pointer for s, pointer in pointers.items() if stage_kind(s) == "rl"]
     probabilities = _read_json(
-        _stage_folder(recipe, pointers["rl"]) / PROBABILITIES if "rl" in pointers else None
+        _stage_folder(recipe, reinforced[-1]) / PROBABILITIES if reinforced else None
     )
-    figures = render_figures(metrics, summary["scores"], probabilities)
+    figures = render_figures(joined_stages(metrics), summary["scores"], probabilities)
     write_report(
         report,
         summary=summary,
@@ -148,6 +149,9 @@ def conclude(
         probabilities=probabilities,
         recipe_json=recipe_json(recipe),
         pointers=pointers,
+        rollouts=sample_rollouts(_stage_folder(recipe, reinforced[-1]) / ROLLOUTS)
+        if reinforced
+        else (),
     )
     atomic_write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     finish_pipeline(

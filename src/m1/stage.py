@@ -1,8 +1,8 @@
 """What every stage shares: found done or resumed by its hash, recorded, its pointer written last.
 
 A stage's folder is `<root>/stages/<stage>-<hash12>/`: `output/` (what the pointer names),
-`checkpoints/` and other work in progress, `metrics.jsonl`, `pointer.json`. Runs of any recipe that
-need the same stage share it.
+`checkpoints/` and other work in progress, `metrics.jsonl`, `warnings.jsonl`, `pointer.json`. Runs
+of any recipe that need the same stage share it.
 """
 
 import contextlib
@@ -35,6 +35,9 @@ from m1.types import M1Error, Pointer
 
 LOCK_TIMEOUT_SECONDS = 60.0
 METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts"
+"""Folder with all rollouts, kept by RL stages (`m1.rollout.traces`)."""
+WARNINGS = "warnings.jsonl"
 PROBABILITIES = "probabilities.json"
 """Probabilities of sampled tokens in training and inference mode, kept by the rl stage."""
 
@@ -75,6 +78,11 @@ class StageContext:
         return self._run
 
     @property
+    def is_recording(self) -> bool:
+        """Whether this process keeps records: the first rank does."""
+        return self._run is not None
+
+    @property
     def output(self) -> Path:
         """Folder for what the stage makes; must be complete when the body returns."""
         return self.folder / "output"
@@ -104,6 +112,18 @@ class StageContext:
             file.write(json.dumps(line) + "\n")
         self._run.log_metrics(metrics, step=step)
         self.events.emit(self.name, "progress", step=step, total=total, metrics=dict(metrics))
+
+    def warn(self, message: str) -> None:
+        """Record what a user should look at, in warnings.jsonl and the display.
+
+        Ranks but the first record nothing.
+        """
+        if self._run is None:
+            return
+        line = {"time": time.time(), "message": message}
+        with disk_errors(self.folder), (self.folder / WARNINGS).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.events.emit(self.name, "warning", message=message)
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: work that a resumed stage is about to repeat."""
@@ -257,6 +277,8 @@ def _finish(
         metrics = context.folder / METRICS
         if metrics.exists():
             storage.write_bytes(f"{key}/{METRICS}", metrics.read_bytes())
+        if (context.folder / ROLLOUTS).is_dir():
+            storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
     metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
     for name in output.datasets:

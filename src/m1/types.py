@@ -37,6 +37,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """Experts that computed every token but the last (which no model has read), in each layer."""
+
+    values: str
+    """Base64 of little-endian int16 [prompt + completion tokens - 1, layers, k]."""
+    num_layers: int
+    top_k: int
+    """k."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """Tokens that a policy sampled after a prompt, with what the sampler knew about them."""
 
@@ -51,6 +62,8 @@ class Completion:
     """`stop`, `length` or `repetition`."""
     policy_versions: tuple[int, ...]
     """Version of the weights that made each token."""
+    routed_experts: RoutedExperts | None = None
+    """Experts by token and layer, where the engine was asked to record them."""
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,18 @@ def run(model, *, count=24, new=40, **limits):
     return found, core
 
 
-def training_logprobs(trainer, sequence):
+def training_logprobs(trainer, sequence, *, replays=False):
+    from m1.inference.recorded import unpack_experts
     from m1.train.microbatch import MicroBatch
 
     ids = torch.tensor(sequence.prompt + tuple(sequence.tokens))
     size = len(ids) - 1
-    batch = MicroBatch(ids[:-1], ids[1:], torch.tensor([size]), torch.zeros(size))
+    routed = None
+    if replays:
+        routed = unpack_experts(sequence.routed_experts, num_tokens=size, num_experts=8)
+    batch = MicroBatch(
+        ids[:-1], ids[1:], torch.tensor([size]), torch.zeros(size), routed_experts=routed
+    )
     return trainer.logprobs([batch])[0][len(sequence.prompt) - 1 :].cpu()
 
 
@@ -64,11 +70,26 @@ def test_sampled_probabilities_are_the_trainers(trainer):
 
 
 def test_graphs_give_the_bits_of_eager_steps(trainer):
-    graphed, core = run(trainer.model, is_invariant=True)
+    graphed, core = run(trainer.model, is_invariant=True, record_experts=True)
     assert core._graphs is not None and core._graphs._graphs
-    eager, _ = run(trainer.model, is_invariant=True, cuda_graphs=False)
+    eager, _ = run(trainer.model, is_invariant=True, cuda_graphs=False, record_experts=True)
     assert [s.tokens for s in graphed] == [s.tokens for s in eager]
     assert [s.logprobs for s in graphed] == [s.logprobs for s in eager]
+    assert all(s.routed_experts is not None for s in eager)
+    assert [s.routed_experts for s in graphed] == [s.routed_experts for s in eager]
+
+
+def test_replayed_experts_bring_the_trainer_nearer_to_the_engine(trainer):
+    from m1.model.routing import take_difference
+
+    found, _ = run(trainer.model, record_experts=True)
+    inference = torch.cat([torch.tensor(s.logprobs) for s in found]).double()
+    gaps = []
+    for replays in (False, True):
+        parts = [training_logprobs(trainer, s, replays=replays) for s in found]
+        gaps.append((torch.cat(parts).double() - inference).abs().mean())
+    assert 0 < take_difference(trainer.model) < 0.1
+    assert gaps[1] < gaps[0]
 
 
 def test_preempted_sequences_come_back_with_their_states(trainer):

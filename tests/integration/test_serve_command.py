@@ -71,8 +71,8 @@ def test_chat_answers_in_the_terminal(served, hf_folder, where):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.startswith("you ") for line in lines] == [True] * len(lines)
+    # What a random model says may hold line breaks.
+    assert done.stdout.startswith("you ")
     assert done.stdout.count("you ") == 4
 
 

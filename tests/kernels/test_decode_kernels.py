@@ -29,9 +29,11 @@ def drawn(tokens, hidden, width, experts, dtype=torch.float32):
 )
 def test_experts_equal_their_definition(tokens, hidden, width, experts, top_k):
     x, router, fc1, fc2 = drawn(tokens, hidden, width, experts)
-    out = routed_experts(x, router, ExpertTable.of(fc1, fc2), top_k=top_k)
+    chosen = torch.full((tokens, top_k), -7, dtype=torch.int32, device=DEVICE)
+    out = routed_experts(x, router, ExpertTable.of(fc1, fc2), top_k=top_k, chosen=chosen)
     expected = reference.routed_experts(x, router, fc1, fc2, top_k=top_k)
     assert (out.double() - expected).norm() <= 1e-5 * expected.norm()
+    assert torch.equal(chosen.long(), (x.double() @ router.double().t()).topk(top_k).indices)
 
 
 def test_experts_in_half_precision_are_as_near_as_their_rounding():

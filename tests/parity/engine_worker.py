@@ -29,7 +29,8 @@ from m1.inference.params import SamplingParams  # noqa: E402
 from m1.model import checkpoint  # noqa: E402
 from m1.model.build import build_model  # noqa: E402
 from m1.model.parallel import initialize  # noqa: E402
-from m1.rollout.groups import sample_groups  # noqa: E402
+from m1.rollout.groups import requests_for, score_groups  # noqa: E402
+from m1.rollout.replicas import Replicas  # noqa: E402
 from m1.types import M1Error, Task  # noqa: E402
 
 NUM_TOKENS = 60
@@ -71,22 +72,25 @@ def loop_results(model: torch.nn.Module, weights: Path) -> dict:
     return {"tokens": [t for t, _ in found], "last": found[-1][1], "refusal": refusal}
 
 
-def rollout_results(model: torch.nn.Module, tokenizer: Tokenizer) -> dict:
+def rollout_results(model: torch.nn.Module, tokenizer: Tokenizer, replicas: Replicas) -> dict:
     """Groups of five tasks, one of which comes twice, and how many tokens this rank sampled."""
     limits = EngineLimits(num_pages=400, is_invariant=True)
     engine = LocalEngine(
         model, stop_token=tokenizer.end, num_tokens=tokenizer.vocab_size, limits=limits
     )
     names = ("one", "three", "two", "one", "and")
-    groups = sample_groups(
-        engine,
-        [Task(n, "s", f"{n} and two is", "3", "reasoning_gym:chain_sum") for n in names],
+    tasks = [Task(n, "s", f"{n} and two is", "3", "reasoning_gym:chain_sum") for n in names]
+    requests = requests_for(tasks, tokenizer=tokenizer, group_size=3, seed=4)
+    sampling = SamplingConfig(max_new_tokens=10)
+    scored = score_groups(
+        replicas.share(tasks),
+        engine.generate(replicas.share(requests), sampling),
         tokenizer=tokenizer,
-        group_size=3,
-        sampling=SamplingConfig(max_new_tokens=10),
         reward=RewardConfig(),
-        seed=4,
+        max_tokens=10,
+        service=None,
     )
+    groups = replicas.gather(scored)
     assert engine._core is not None
     return {"groups": [asdict(group) for group in groups], "sampled": engine._core.num_sampled}
 
@@ -105,7 +109,7 @@ def work(rank: int, name: str, job: dict) -> None:
         "engine": engine_results(model),
         # Copies of the model have no first rank to follow.
         "loop": {} if name == "dp2" else loop_results(model, root / "weights"),
-        "rollouts": rollout_results(model, Tokenizer(root / "tokenizer")),
+        "rollouts": rollout_results(model, Tokenizer(root / "tokenizer"), Replicas.of(parallel)),
     }
     (root / f"{name}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()

@@ -19,6 +19,8 @@ RECIPES = [
     "pipelines/recipes/laptop.toml",
     "pipelines/recipes/m1_456b.toml",
     "tests/recipes/mini.toml",
+    "pipelines/recipes/one_gpu.toml",
+    "pipelines/recipes/one_gpu_small.toml",
 ]
 
 
@@ -45,11 +47,33 @@ def test_the_specification_parses_strictly_and_every_reference_resolves(name, tm
         json_format.ParseDict(executor, pipeline_spec_pb2.PipelineDeploymentConfig.ExecutorSpec())
         assert executor["container"]["image"] == recipe.image
     tasks = spec.root.dag.tasks
-    assert set(tasks) == set(stages_of(recipe))
+    names = {_stage_of(name, task) for name, task in tasks.items()}
+    assert names == set(stages_of(recipe))
     for task in tasks.values():
         component = spec.components[task.component_ref.name]
         assert component.executor_label in executors
         assert set(task.dependent_tasks) <= set(tasks)
+
+
+def _stage_of(name: str, task) -> str:
+    """The stage of a task: KFP numbers tasks of one component, which then say theirs themselves."""
+    stage = task.inputs.parameters["stage"].runtime_value.constant.string_value
+    return stage or name
+
+
+def test_lengths_are_a_chain_of_tasks_that_ends_in_evaluation(tmp_path):
+    document = compiled(load_recipe([ROOT / RECIPES[1]]), tmp_path / "p.yaml")
+    spec = json_format.ParseDict(document, pipeline_spec_pb2.PipelineSpec())
+    tasks = spec.root.dag.tasks
+    stages = {_stage_of(name, task): name for name, task in tasks.items()}
+    reads = {
+        stage: {a.task_output_artifact.producer_task for a in tasks[n].inputs.artifacts.values()}
+        for stage, n in stages.items()
+    }
+    before = {"data", "pretrain", "sft"}
+    assert reads["rl_40960"] == before
+    assert reads["rl_49152"] == {*before, stages["rl_40960"]}
+    assert reads["evaluate"] == reads["register"] == {*before, stages["rl_81920"]}
 
 
 def test_a_misspelt_field_in_the_specification_is_refused(tmp_path):
@@ -65,8 +89,9 @@ def test_a_stage_absent_from_the_recipe_is_absent_from_the_dag(tmp_path):
     assert set(document["root"]["dag"]["tasks"]) == {"data", "pretrain", "rl", "evaluate"}
 
 
-def test_a_components_recipe_has_the_hashes_of_the_whole_and_nothing_of_later_stages():
-    recipe = load_recipe([ROOT / RECIPES[2]])
+@pytest.mark.parametrize("name", RECIPES[1:3])
+def test_a_components_recipe_has_the_hashes_of_the_whole_and_nothing_of_later_stages(name):
+    recipe = load_recipe([ROOT / name])
     whole = stage_hashes(recipe)
     for stage in stages_of(recipe):
         reduced = Recipe.model_validate_json(

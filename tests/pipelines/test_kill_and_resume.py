@@ -84,7 +84,7 @@ def interrupted(tmp_path_factory) -> Path:
         ("data", [lambda folder: (folder / "output" / "tasks").exists()]),
         ("pretrain", [has_steps(1), has_steps(3), has_steps(6)]),
         ("sft", [has_steps(15)]),
-        ("rl", [has_steps(1), has_steps(3)]),
+        ("rl", [has_steps(1)]),
         ("evaluate", [lambda folder: any((folder / "partial").glob("*.jsonl"))]),
         ("register", [lambda folder: (folder / "output" / "hf").exists()]),
     ],

@@ -25,20 +25,20 @@ typedef struct {
   const float *router;              // null: one dense feed-forward, in shared_*
   const float *fc1, *fc2;           // of all experts
   const float *shared_fc1, *shared_fc2;
+  int16_t *routed_experts;          // [pages, page_size, k], or null
 } Layer;
 
 typedef struct {
   int64_t num_layers, hidden, heads, groups, dim, rotary_dim, vocab, page_size, is_post_norm;
   float norm_epsilon, inner_epsilon;
-  const float *embedding, *final_norm, *head;
+  const float *embedding, *final_norm, *head, *inverse_frequencies;
   const Layer *layers;
 } Model;
 
 typedef struct {
   int64_t row_pages;
-  const int64_t *tokens, *positions, *slots, *pages, *lengths;
-  const float *cos, *sin;  // [B, rotary_dim / 2]
-  float *logits;           // [B, vocab]
+  const int64_t *tokens, *positions, *slots, *pages;
+  float *logits;  // [B, padded(vocab)]
 } Batch;
 
 INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -135,6 +135,14 @@ static void lightning(const Model *model, const Layer *layer, const Batch *batch
   }
 }
 
+// Cosines, then sines, of a position's angles.
+static void turn(float position, const float *frequencies, int64_t half, float *out) {
+  for (int64_t i = 0; i < half; ++i) {
+    out[i] = cosf(position * frequencies[i]);
+    out[half + i] = sinf(position * frequencies[i]);
+  }
+}
+
 static void rotate(float *x, const float *cos, const float *sin, int64_t half) {
   for (int64_t i = 0; i < half; ++i) {
     float a = x[i], b = x[i + half];
@@ -163,13 +171,13 @@ static void attend(const Model *model, const Layer *layer, const int64_t *pages,
 }
 
 static void softmax(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
-                    int64_t M, float *qkv, float *scores, float *out) {
+                    int64_t M, float *qkv, const float *turns, float *scores, float *out) {
   int64_t D = model->dim, G = model->groups, each = model->heads / G, size = model->page_size;
   int64_t half = model->rotary_dim / 2, count = G * (each + 2) * D, width = padded(count);
   for (int64_t m = 0; m < M; ++m) {
-    int64_t row = first + m, length = batch->lengths[row], last = batch->positions[row];
+    int64_t row = first + m, last = batch->positions[row];
     const int64_t *pages = batch->pages + row * batch->row_pages;
-    const float *cos = batch->cos + row * half, *sin = batch->sin + row * half;
+    const float *cos = turns + m * 2 * half, *sin = cos + half;
     float *x = qkv + m * width, *o = out + m * model->heads * D;
     for (int64_t i = 0; layer->bias && i < count; ++i) x[i] += layer->bias[i];
     for (int64_t g = 0; g < G; ++g, x += (each + 2) * D) {
@@ -178,7 +186,7 @@ static void softmax(const Model *model, const Layer *layer, const Batch *batch, 
       memcpy(layer->keys + place, x + each * D, D * sizeof(float));
       memcpy(layer->values + place, x + (each + 1) * D, D * sizeof(float));
       for (int64_t h = 0; h < each; ++h, o += D)
-        attend(model, layer, pages, length, x + h * D, g, scores, o);
+        attend(model, layer, pages, last + 1, x + h * D, g, scores, o);
     }
   }
 }
@@ -210,7 +218,7 @@ static void choose(const float *logits, int64_t E, int64_t k, int64_t *chosen, f
 }
 
 typedef struct {
-  float *residual, *x, *inner, *wide, *active, *rows, *narrow, *shares, *scores;
+  float *residual, *x, *inner, *wide, *active, *rows, *narrow, *shares, *scores, *turns;
   int64_t *chosen, *members;
 } Scratch;
 
@@ -263,6 +271,17 @@ static void add(const Model *model, int64_t M, Scratch s, float alpha, float bet
       s.residual[m * h + i] = alpha * base[m * h + i] + beta * branch[m * width + i];
 }
 
+static void record(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
+                   int64_t M, const int64_t *chosen) {
+  int64_t size = model->page_size, k = layer->top_k;
+  for (int64_t m = 0; m < M; ++m) {
+    int64_t row = first + m, at = batch->positions[row];
+    int64_t page = batch->pages[row * batch->row_pages + at / size];
+    int16_t *to = layer->routed_experts + (page * size + at % size) * k;
+    for (int64_t i = 0; i < k; ++i) to[i] = (int16_t)chosen[m * k + i];
+  }
+}
+
 static void block(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
                   int64_t M, Scratch s) {
   int64_t h = model->hidden, W = model->heads * model->dim;
@@ -271,7 +290,7 @@ static void block(const Model *model, const Layer *layer, const Batch *batch, in
     norm(s.residual + m * h, layer->attention_norm, model->norm_epsilon, s.x + m * h, h);
   product(s.x, M, h, h, layer->in, in, s.wide);
   if (layer->is_softmax)
-    softmax(model, layer, batch, first, M, s.wide, s.scores, s.inner);
+    softmax(model, layer, batch, first, M, s.wide, s.turns, s.scores, s.inner);
   else
     lightning(model, layer, batch, first, M, s.wide, s.inner);
   product(s.inner, M, W, W, layer->out, h, s.narrow);
@@ -279,6 +298,7 @@ static void block(const Model *model, const Layer *layer, const Batch *batch, in
   for (int64_t m = 0; m < M; ++m)
     norm(s.residual + m * h, layer->mlp_norm, model->norm_epsilon, s.x + m * h, h);
   feed_forward(model, layer, M, s, s.inner);
+  if (layer->router && layer->routed_experts) record(model, layer, batch, first, M, s.chosen);
   add(model, M, s, layer->mlp_alpha, layer->mlp_beta, s.inner, h);
 }
 
@@ -300,15 +320,15 @@ static int64_t lay(const Model *model, const Batch *batch, int64_t M, float *mem
   int64_t h = model->hidden, W = model->heads * model->dim, k = 1, used = 0;
   for (int64_t i = 0; i < model->num_layers; ++i) k = most(k, model->layers[i].top_k);
   int64_t sizes[] = {M * h, M * h, M * most(W, h), M * widest(model), M * widest(model) / 2, M * h,
-                     M * padded(h), M * k, most(M, batch->row_pages * model->page_size), 2 * M * k,
-                     2 * M};
+                     M * padded(h), M * k, most(M, batch->row_pages * model->page_size),
+                     M * model->rotary_dim, 2 * M * k, 2 * M};
   float *at[sizeof(sizes) / sizeof(*sizes)];
   for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); ++i) {
     at[i] = memory ? memory + used : 0;
     used += padded(sizes[i]);
   }
   *s = (Scratch){at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8],
-                 (int64_t *)at[9], (int64_t *)at[10]};
+                 at[9], (int64_t *)at[10], (int64_t *)at[11]};
   return used;
 }
 
@@ -325,9 +345,12 @@ void m1_decode(const Model *model, const Batch *batch, int64_t begin, int64_t en
   int64_t h = model->hidden, V = model->vocab;
   for (int64_t first = begin; first < end; first += block_rows) {
     int64_t M = least(block_rows, end - first);
-    for (int64_t m = 0; m < M; ++m)
+    for (int64_t m = 0; m < M; ++m) {
       memcpy(s.residual + m * h, model->embedding + batch->tokens[first + m] * h,
              h * sizeof(float));
+      turn((float)batch->positions[first + m], model->inverse_frequencies, model->rotary_dim / 2,
+           s.turns + m * model->rotary_dim);
+    }
     for (int64_t i = 0; i < model->num_layers; ++i)
       block(model, model->layers + i, batch, first, M, s);
     for (int64_t m = 0; m < M; ++m)

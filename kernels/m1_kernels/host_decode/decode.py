@@ -4,6 +4,8 @@ Shapes: B rows, V vocabulary, n pages of a row, R rotary dim.
 """
 
 import ctypes
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -36,7 +38,7 @@ class HostModel:
 
         Args:
             sizes: Fields of `Model` but `num_layers` and `layers`: numbers, and float32 tensors
-                embedding [V, h], head [V, h], final_norm [h].
+                embedding [V, h], head [V, h], final_norm [h], inverse_frequencies [R / 2].
             layers: Of each the fields of `Layer`: numbers, weights [N, K] (experts' as lists of
                 them), vectors, and the layer's tables of the cache, which steps write.
 
@@ -53,6 +55,7 @@ class HostModel:
         self._layers = (LayerStruct * len(layers))()
         self._model = ModelStruct()
         self._kept: list[torch.Tensor] = []
+        self._scratch = threading.local()
         for struct, values in zip(self._layers, layers, strict=True):
             self._kept += fill(struct, {name: _ready(name, x) for name, x in values.items()})
         self._kept += fill(self._model, {name: _ready(name, x) for name, x in sizes.items()})
@@ -65,9 +68,6 @@ class HostModel:
         positions: torch.Tensor,
         slots: torch.Tensor,
         pages: torch.Tensor,
-        *,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
     ) -> torch.Tensor:
         """One token for every row; states, keys and values enter the cache.
 
@@ -78,8 +78,6 @@ class HostModel:
             positions: int64 [B], tokens of the row before this one.
             slots: int64 [B], distinct, not negative.
             pages: int64 [B, n], a row's pages in order; what follows its last token is not read.
-            cos: float32 [B, R / 2], of the rotary angles.
-            sin: float32 [B, R / 2].
 
         Returns:
             Logits float32 [B, V].
@@ -95,9 +93,6 @@ class HostModel:
                 "positions": positions,
                 "slots": slots,
                 "pages": pages.contiguous(),
-                "lengths": positions + 1,
-                "cos": cos.contiguous(),
-                "sin": sin.contiguous(),
                 "logits": logits,
             },
         )
@@ -116,7 +111,10 @@ class HostModel:
     def _rows(self, batch: BatchStruct, begin: int, end: int) -> None:
         block = ctypes.c_int64(min(BLOCK_ROWS, end - begin))
         model, rows = ctypes.byref(self._model), ctypes.byref(batch)
-        scratch = torch.empty(self._library.m1_decode_scratch(model, rows, block))
+        size = self._library.m1_decode_scratch(model, rows, block)
+        scratch = getattr(self._scratch, "memory", None)
+        if scratch is None or scratch.numel() < size:  # fresh memory costs page faults
+            scratch = self._scratch.memory = torch.empty(size)
         self._library.m1_decode(
             model, rows, ctypes.c_int64(begin), ctypes.c_int64(end), block,
             ctypes.c_void_p(scratch.data_ptr()),
@@ -132,3 +130,6 @@ def _ready(name: str, value: Any) -> Any:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads

@@ -26,6 +26,7 @@ class LayerStruct(ctypes.Structure):
         + _fields(_FLOAT, "attention_alpha attention_beta mlp_alpha mlp_beta")
         + _fields(_POINTER, "attention_norm mlp_norm in_ bias out inner_norm decay states keys")
         + _fields(_POINTER, "values router fc1 fc2 shared_fc1 shared_fc2")
+        + _fields(_POINTER, "routed_experts")
     )
 
 
@@ -36,7 +37,7 @@ class ModelStruct(ctypes.Structure):
         _fields(_INTEGER, "num_layers hidden heads groups dim rotary_dim vocab page_size")
         + _fields(_INTEGER, "is_post_norm")
         + _fields(_FLOAT, "norm_epsilon inner_epsilon")
-        + _fields(_POINTER, "embedding final_norm head layers")
+        + _fields(_POINTER, "embedding final_norm head inverse_frequencies layers")
     )
 
 
@@ -44,7 +45,7 @@ class BatchStruct(ctypes.Structure):
     """`Batch`: the rows of a step and where their logits go."""
 
     _fields_ = _fields(_INTEGER, "row_pages") + _fields(
-        _POINTER, "tokens positions slots pages lengths cos sin logits"
+        _POINTER, "tokens positions slots pages logits"
     )
 
 
@@ -59,7 +60,7 @@ def fill(struct: Any, values: Mapping[str, Any]) -> list[torch.Tensor]:
 
     Args:
         struct: One of the above.
-        values: Numbers, tensors (float32 or int64, contiguous, on the CPU) or None.
+        values: Numbers, tensors (of the field's type, contiguous, on the CPU) or None.
 
     Returns:
         The tensors, which must outlive the struct's use.
@@ -67,7 +68,7 @@ def fill(struct: Any, values: Mapping[str, Any]) -> list[torch.Tensor]:
     kept = []
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
-            kind = torch.int64 if name in _INT64 else torch.float32
+            kind = _DTYPES.get(name, torch.float32)
             assert value.dtype == kind and value.is_contiguous() and value.device.type == "cpu"
             kept.append(value)
             value = value.data_ptr()
@@ -75,4 +76,7 @@ def fill(struct: Any, values: Mapping[str, Any]) -> list[torch.Tensor]:
     return kept
 
 
-_INT64 = frozenset({"tokens", "positions", "slots", "pages", "lengths"})
+_DTYPES = {
+    **dict.fromkeys(("tokens", "positions", "slots", "pages"), torch.int64),
+    "routed_experts": torch.int16,
+}

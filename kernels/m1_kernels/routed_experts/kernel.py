@@ -72,6 +72,7 @@ def routed_experts(
     *,
     top_k: int,
     block_rows: int | None = None,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over the chosen experts e of w_e fc2_e [SiLU(gate_e x) * up_e x].
 
@@ -84,6 +85,7 @@ def routed_experts(
         top_k: k.
         block_rows: Rows of a tile, a power of two from 16; None chooses by T. A fixed one makes the
             bits of a row independent of the others.
+        chosen: int32 [T, k], contiguous; gets the experts of each token, the best first.
 
     Returns:
         [T, h] in x's dtype.
@@ -92,7 +94,8 @@ def routed_experts(
     num_experts, num_pairs = router.shape[0], num_tokens * top_k
     num_local, width = table.fc1.shape[0], table.width
     new = x.new_empty
-    chosen = new(num_pairs, dtype=torch.int32)
+    if chosen is None:
+        chosen = new(num_tokens, top_k, dtype=torch.int32)
     share = new(num_pairs, dtype=torch.float32)
     members = new(num_local, num_pairs, dtype=torch.int32)
     counts = new(num_local, dtype=torch.int32)

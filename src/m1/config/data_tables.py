@@ -74,7 +74,8 @@ class TaskSourceConfig(Config):
     dataset: str
     """reasoning-gym dataset, or `logic:<task>` for one of our own logic tasks."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of that dataset's configuration; `difficulty` (1 to 10) of a logic task."""
+    """Keyword arguments of that dataset's configuration; `difficulty` of a logic task, 1 to 10 or a
+    list of them, in turn."""
     num_sft: NonNegativeInt = 0
     """Tasks with demonstrations for SFT."""
     worked_fraction: Fraction = 1.0

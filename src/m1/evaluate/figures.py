@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from m1.config.stages import in_order, stage_kind
+
 MetricRows = Sequence[Mapping[str, Any]]
 """Lines of a stage's metrics.jsonl: `{"step": 3, "metrics": {"pretrain/loss": 5.1}}`."""
 
@@ -86,6 +88,16 @@ def render_figures(
         "losses": render_loss_figure(metrics),
     }
     return {name: svg for name, svg in figures.items() if svg is not None}
+
+
+def joined_stages(metrics: Mapping[str, MetricRows]) -> dict[str, MetricRows]:
+    """Metrics by kind of stage: those of RL's length stages one after the other as `rl`."""
+    joined: dict[str, list[Mapping[str, Any]]] = {}
+    for stage in in_order(metrics):
+        rows = joined.setdefault(stage_kind(stage), [])
+        done = max((int(row["step"]) for row in rows), default=0)
+        rows += [{**row, "step": int(row["step"]) + done} for row in metrics[stage]]
+    return dict(joined)
 
 
 def render_loss_figure(metrics: Mapping[str, MetricRows]) -> str | None:
@@ -196,7 +208,7 @@ def _bar(
 
 
 def _colour(model: str) -> str:
-    return COLOURS.get(model, "#999")
+    return COLOURS.get(stage_kind(model), "#999")
 
 
 def _plot_smoothed(axis: Axes, series: Series, colour: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from m1.config.layout import padded_vocab
 from m1.config.schema import Recipe
+from m1.config.stages import model_stages
 from m1.data.tokenizer import Tokenizer
-from m1.evaluate.runner import MODELS
 from m1.model import checkpoint
 from m1.model.build import build_model
 from m1.model.hf import export_hf, require_representable
@@ -21,7 +21,7 @@ def register(context: StageContext, recipe: Recipe) -> StageOutput:
     assert config is not None
     require_representable(recipe.model)
     initialize(seed=recipe.seed)
-    final = [name for name in MODELS if name in context.inputs][-1]
+    final = model_stages(context.inputs)[-1]
     tokenizer_folder = context.path_of("data") / "tokenizer"
     tokenizer = Tokenizer(tokenizer_folder)
     model = build_model(

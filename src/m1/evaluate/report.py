@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from m1.evaluate.figures import pearson_r
 from m1.evaluate.tables import card_tables
+from m1.rollout.traces import StoredRollout, read_step, steps_in
 from m1.tracking.graph import draw_stages
 from m1.tracking.page import stage_nodes
 from m1.tracking.progress import format_duration
 from m1.types import Pointer
+
+ROLLOUT_GROUPS = 3
+"""Groups of a step to browse."""
 
 
 def write_report(
@@ -24,6 +29,7 @@ def write_report(
     probabilities: Mapping[str, Sequence[float]] | None,
     recipe_json: str,
     pointers: Mapping[str, Pointer],
+    rollouts: Sequence[StoredRollout] = (),
 ) -> None:
     """Write the report; what a run does not have is replaced by a sentence that says so.
 
@@ -35,6 +41,7 @@ def write_report(
         probabilities: Probabilities of the same tokens in `training` and in `inference` mode.
         recipe_json: The resolved recipe.
         pointers: Output of each finished stage.
+        rollouts: Rollouts to browse, of `sample_rollouts`.
     """
     environment = Environment(
         loader=PackageLoader("m1.evaluate"),
@@ -54,9 +61,35 @@ def write_report(
         tables=card_tables(card or {}),
         pointers=pointers,
         recipe=_pretty(recipe_json),
+        rollouts=[{"facts": asdict(r), "title": _title(r)} for r in rollouts],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
+
+
+def sample_rollouts(folder: Path) -> list[StoredRollout]:
+    """Rollouts of the first, a middle and the last step that has a file, right and wrong ones.
+
+    Of each step at most three groups, of each the first right and the first wrong rollout.
+    """
+    steps = steps_in(folder)
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    found: list[StoredRollout] = []
+    for step in chosen:
+        rows = [row for row in read_step(folder, step) if not row.is_failed]
+        for group in sorted({row.group for row in rows})[:ROLLOUT_GROUPS]:
+            own = [row for row in rows if row.group == group]
+            right = [row for row in own if row.accuracy == 1][:1]
+            found += right + [row for row in own if row.accuracy < 1][:1]
+    return found
+
+
+def _title(rollout: StoredRollout) -> str:
+    outcome = "right" if rollout.accuracy == 1 else "wrong"
+    return (
+        f"step {rollout.step}, {rollout.task_id}, number {rollout.index}: {outcome}, reward "
+        f"{rollout.reward:.3g}, {len(rollout.tokens)} tokens, {rollout.finish_reason}"
+    )
 
 
 def _correlation(probabilities: Mapping[str, Sequence[float]] | None) -> str:

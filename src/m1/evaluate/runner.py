@@ -8,6 +8,7 @@ from typing import Any
 
 from m1.config.layout import padded_vocab
 from m1.config.schema import BenchmarkConfig, EvaluateConfig, ParallelConfig, Recipe, RewardConfig
+from m1.config.stages import model_stages
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.evaluate.statistics import mean_with_interval, pass_at_k
@@ -19,8 +20,6 @@ from m1.rollout.groups import completion_text, sample_groups
 from m1.stage import StageContext, StageOutput
 from m1.storage import atomic_write, folder_digest
 from m1.types import M1Error, RolloutGroup, Task
-
-MODELS = ("pretrain", "sft", "rl")
 
 
 def evaluate(context: StageContext, recipe: Recipe) -> StageOutput:
@@ -35,7 +34,7 @@ def evaluate(context: StageContext, recipe: Recipe) -> StageOutput:
     data = context.path_of("data")
     tokenizer = Tokenizer(data / "tokenizer")
     heldout = read_tasks(data / "tasks" / "heldout.jsonl")
-    models = [name for name in MODELS if name in context.inputs]
+    models = model_stages(context.inputs)
     partial = context.folder / "partial"
     partial.mkdir(exist_ok=True)
     total, done = len(models) * len(config.benchmarks), 0

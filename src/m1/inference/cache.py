@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from m1.inference.parameters import Lightning, Parameters
+from m1.types import M1Error
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Swapped:
     keys: torch.Tensor
     """[L, pages, G, KV, D]."""
     values: torch.Tensor
+    routed_experts: torch.Tensor | None = None
+    """int16 [layers, pages, G, k], where they are recorded."""
 
 
 class Cache:
@@ -29,12 +32,24 @@ class Cache:
 
     A slot holds the states of all lightning layers of one sequence, of constant size; a page holds
     keys and values of all softmax layers for G consecutive tokens. The last row of each belongs to
-    nobody: index -1, the padding of a batch, reads and writes it.
+    nobody: index -1, the padding of a batch, reads and writes it. Where experts are recorded, they
+    lie in pages too, and so follow their tokens through shared prompts, snapshots and preemption.
     """
 
     def __init__(
-        self, parameters: Parameters, *, num_slots: int, num_pages: int, page_size: int
+        self,
+        parameters: Parameters,
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_size: int,
+        record_experts: bool = False,
     ) -> None:
+        """Allocate.
+
+        Raises:
+            M1Error: Experts are to be recorded where there are none.
+        """
         config = parameters.config
         num_lightning = sum(isinstance(x.attention, Lightning) for x in parameters.layers)
         num_softmax = len(parameters.layers) - num_lightning
@@ -46,11 +61,24 @@ class Cache:
         pages = (num_softmax, num_pages + 1, page_size, groups, dim)
         self.keys = torch.zeros(pages, dtype=config.params_dtype, device=device)
         self.values = torch.zeros(pages, dtype=config.params_dtype, device=device)
+        self.routed_experts: torch.Tensor | None = None
+        """int16 [layers, P + 1, G, k], -1 where nothing was computed; None: not recorded."""
+        if record_experts:
+            if any(layer.mlp.router is None for layer in parameters.layers):
+                raise M1Error(
+                    "experts are to be recorded, but this model's layers are dense; turn "
+                    "record_experts off (rl.routing_replay)"
+                )
+            shape = (len(parameters.layers), num_pages + 1, page_size, parameters.top_k)
+            self.routed_experts = torch.full(shape, -1, dtype=torch.int16, device=device)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.numel() * x.element_size() for x in (self.states, self.keys, self.values))
+        tensors = [self.states, self.keys, self.values]
+        if self.routed_experts is not None:
+            tensors.append(self.routed_experts)
+        return sum(x.numel() * x.element_size() for x in tensors)
 
     def copy_slot(self, source: int, targets: list[int]) -> None:
         """Give other slots the states of one."""
@@ -60,6 +88,24 @@ class Cache:
     def copy_page(self, source: int, target: int) -> None:
         """Give another page the content of one."""
         self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        if self.routed_experts is not None:
+            self.routed_experts[:, target] = self.routed_experts[:, source]
+
+    def experts_of(self, pages: list[int], length: int) -> torch.Tensor | None:
+        """Experts of a sequence's first tokens.
+
+        Args:
+            pages: The sequence's.
+            length: Tokens.
+
+        Returns:
+            int16 [length, layers, k] on the CPU; None where they are not recorded.
+        """
+        if self.routed_experts is None:
+            return None
+        used = torch.tensor(pages[: -(-length // self.page_size)], device=self.keys.device)
+        found = self.routed_experts[:, used].flatten(1, 2)[:, :length]
+        return found.transpose(0, 1).contiguous().cpu()
 
     def take_out(self, slot: int, pages: list[int], *, device: torch.device | str) -> Swapped:
         """Copy a sequence's memory to `device`."""
@@ -68,6 +114,7 @@ class Cache:
             self.states[:, slot].to(device, copy=True),
             self.keys[:, index].to(device),
             self.values[:, index].to(device),
+            None if self.routed_experts is None else self.routed_experts[:, index].to(device),
         )
 
     def put_back(self, saved: Swapped, slot: int, pages: list[int]) -> None:
@@ -76,6 +123,8 @@ class Cache:
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys.device)
         self.keys[:, index] = saved.keys.to(self.keys.device)
         self.values[:, index] = saved.values.to(self.values.device)
+        if self.routed_experts is not None and saved.routed_experts is not None:
+            self.routed_experts[:, index] = saved.routed_experts.to(self.keys.device)
 
 
 class SlotPool:

@@ -17,9 +17,13 @@ from tenacity import (
 
 from m1.config.schema import RepetitionStopConfig, SamplingConfig
 from m1.inference.engine import Request
-from m1.types import Completion, M1Error
+from m1.types import Completion, M1Error, RoutedExperts
 
 _TRANSIENT = (429, 502, 503)
+
+
+class EngineUnavailableError(M1Error):
+    """A server that does not answer, or has failed; another one may do."""
 
 
 class _Http:
@@ -60,13 +64,14 @@ class _Http:
         try:
             response = attempts(once)
         except httpx.HTTPError as error:
-            raise M1Error(
+            raise EngineUnavailableError(
                 f"the engine at {self.url} does not answer ({error or type(error).__name__}); "
                 "start it, or mend the address"
             ) from error
         if response.is_success:
             return response.json()
-        raise M1Error(f"the engine at {self.url} refuses: {_message(response)}")
+        kind = EngineUnavailableError if response.is_server_error else M1Error
+        raise kind(f"the engine at {self.url} refuses: {_message(response)}")
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -99,6 +104,7 @@ class HttpEngine:
         max_requests: int = 64,
         timeout_seconds: float = 600.0,
         patience_seconds: float = 120.0,
+        recompute_on_update: bool = False,
     ) -> None:
         """Connect.
 
@@ -110,10 +116,13 @@ class HttpEngine:
             max_requests: Prompts under way at a time.
             timeout_seconds: Of one request.
             patience_seconds: How long a busy or absent server is asked again.
+            recompute_on_update: Whether completions under way at `load_weights` go on from states
+                made again with the new weights; if not, from those of the old ones.
         """
         self._http = _Http(
             url, token=token, timeout_seconds=timeout_seconds, patience_seconds=patience_seconds
         )
+        self.recompute_on_update = recompute_on_update
         self.stop_token, self.max_requests = stop_token, max_requests
         self.repetition_stop = repetition_stop or RepetitionStopConfig()
 
@@ -128,8 +137,10 @@ class HttpEngine:
         """Completions of every request, in order of its seeds.
 
         Raises:
-            M1Error: The server refuses a request, or does not answer.
+            M1Error: The server refuses a request; `EngineUnavailableError`: it does not answer.
         """
+        if len(requests) == 1:
+            return [self._one(requests[0], sampling)]
         with ThreadPoolExecutor(self.max_requests) as threads:
             return list(threads.map(lambda r: self._one(r, sampling), requests))
 
@@ -139,7 +150,8 @@ class HttpEngine:
         Raises:
             M1Error: They are refused; the old ones stay.
         """
-        self._http.post("/weights", {"uri": uri, "version": version})
+        body = {"uri": uri, "version": version, "recompute": self.recompute_on_update}
+        self._http.post("/weights", body)
 
     def close(self) -> None:
         """Close the connections."""
@@ -166,6 +178,9 @@ class HttpEngine:
                 entropies=tuple(found["entropies"]),
                 finish_reason=found["finish_reason"],
                 policy_versions=tuple(found["policy_versions"]),
+                routed_experts=RoutedExperts(**told)
+                if (told := found.get("routed_experts"))
+                else None,
             )
             for found in self._http.post("/generate", body)["completions"]
         ]

@@ -16,6 +16,7 @@ from m1.inference.host import HostDecoder
 from m1.inference.invariant import invariant_linear
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams, TokenOutput
+from m1.inference.recorded import pack_experts
 from m1.inference.runner import ModelRunner
 from m1.inference.sampler import RandomStream, RowParams, SampledTokens, sample, sample_plain
 from m1.inference.scheduler import Scheduler
@@ -63,6 +64,7 @@ class EngineCore:
             num_slots=limits.num_slots,
             num_pages=limits.num_pages,
             page_size=limits.page_size,
+            record_experts=limits.record_experts,
         )
         is_graphed = self.limits.cuda_graphs and self.cache.keys.is_cuda
         self._graphs = DecodeGraphs(self.runner, self.cache) if is_graphed else None
@@ -184,14 +186,14 @@ class EngineCore:
             made = self._compute(step)
             self.num_steps += 1
             count = rows.decode.count if rows else 0
-            if rows:
-                logits.append(made[:count])
+            logits += [made[:count]] if rows else []
             self._note_prefilled(chunks, made[count:])
         began, first = self._begin_sequences()
         members = [*(rows.members if rows else ()), *began]
         if not members:
             return []
-        chosen = self._sample(rows, began, torch.cat([*logits, *first]))
+        logits += first
+        chosen = self._sample(rows, began, logits[0] if len(logits) == 1 else torch.cat(logits))
         for sequence in rows.members if rows else ():
             sequence.length += 1
         return self._record(members, chosen, began)
@@ -271,30 +273,19 @@ class EngineCore:
             reason = reason_to_stop(sequence, token, logprobs[row])
             if reason is not None:
                 sequence.finish_reason = reason
-                self._keep_turn(sequence)
                 if sequence.slot >= 0:
-                    self.scheduler.release(sequence)
+                    self._leave(sequence)
                 finished.append(sequence)
             if sequence.on_token is not None:
-                sequence.on_token(_output(sequence, tops[row] if tops else ()))
+                sequence.on_token(sequence.newest(tops[row] if tops else ()))
         self.num_sampled += len(members)
         return finished
 
-    def _keep_turn(self, sequence: Sequence) -> None:
-        if self.scheduler.prefixes.capacity and sequence.slot >= 0:
+    def _leave(self, sequence: Sequence) -> None:
+        """Keep what others may want of a finished sequence's memory, and take the memory back."""
+        if self.scheduler.prefixes.capacity:
             known = sequence.prompt + tuple(sequence.tokens[:-1])
             self.scheduler.prefixes.keep(known, sequence.slot, sequence.pages)
-
-
-def _output(sequence: Sequence, top: tuple[tuple[int, float], ...]) -> TokenOutput:
-    return TokenOutput(
-        index=sequence.order[1],
-        token=sequence.tokens[-1],
-        logprob=sequence.logprobs[-1],
-        sampling_logprob=sequence.sampling_logprobs[-1],
-        entropy=sequence.entropies[-1],
-        policy_version=sequence.versions[-1],
-        top=top[: sequence.params.top_logprobs],
-        finish_reason=sequence.finish_reason,
-        stop_string=sequence.stop_string,
-    )
+        experts = self.cache.experts_of(sequence.pages, sequence.length)
+        sequence.routed_experts = None if experts is None else pack_experts(experts)
+        self.scheduler.release(sequence)

@@ -57,6 +57,7 @@ class LocalEngine:
         repetition_stop: RepetitionStopConfig | None = None,
         max_sequences: int = 512,
         limits: EngineLimits | None = None,
+        record_experts: bool = False,
     ) -> None:
         """Wrap a model.
 
@@ -67,6 +68,7 @@ class LocalEngine:
             repetition_stop: Early truncation rule; absent: the paper's.
             max_sequences: Completions decoded together.
             limits: Sizes, beside `max_sequences`; absent: pages for all of them at once.
+            record_experts: Whether completions say which experts computed their tokens.
         """
         self.model = model
         self.stop_token = stop_token
@@ -74,7 +76,7 @@ class LocalEngine:
         self.repetition_stop = repetition_stop or RepetitionStopConfig()
         self.max_sequences = max_sequences
         self.policy_version = 0
-        self._limits = limits
+        self._limits, self._record_experts = limits, record_experts
         self._max_position: int = model.max_sequence_length  # type: ignore[assignment]
         self._core: EngineCore | None = None
 
@@ -108,7 +110,7 @@ class LocalEngine:
         self.policy_version = version
 
     def _prepared(self, requests: Items[Request], params: SamplingParams) -> EngineCore:
-        limits = self._limits or EngineLimits()
+        limits = replace(self._limits or EngineLimits(), record_experts=self._record_experts)
         # More slots and pages than are wanted change nothing, not even bits.
         slots = min(self.max_sequences, sum(len(r.seeds) for r in requests))
         limits = replace(limits, num_slots=slots)
@@ -146,4 +148,5 @@ def completion(sequence: Sequence) -> Completion:
         entropies=tuple(sequence.entropies),
         finish_reason=sequence.finish_reason,
         policy_versions=tuple(sequence.versions),
+        routed_experts=sequence.routed_experts,
     )

@@ -4,6 +4,7 @@ Shapes: T tokens, h hidden, E experts of this rank, F width of an expert, k expe
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,28 @@ FEW_TOKENS = 1024
 """Up to here the kernels for few tokens; beyond it products of whole experts are faster."""
 
 
-def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear) -> torch.Tensor:
+@dataclass(frozen=True)
+class Record:
+    """Where the experts of the tokens go."""
+
+    table: torch.Tensor
+    """int16 [places, k]."""
+    places: torch.Tensor
+    """int64 [T]."""
+
+    def write(self, chosen: torch.Tensor) -> None:
+        """Keep experts [T, k] of any integer type."""
+        self.table.index_copy_(0, self.places, chosen.to(self.table.dtype))
+
+
+def experts(
+    x: torch.Tensor,
+    weights: FeedForward,
+    *,
+    top_k: int,
+    linear: Linear,
+    record: Record | None = None,
+) -> torch.Tensor:
     """Sum over the chosen experts e of w_e fc2_e [SiLU(gate_e x) * up_e x], plus a shared expert.
 
     w: softmax over the logits of the k chosen (PAPER sec. 1), in float32. Over several ranks the
@@ -29,6 +51,7 @@ def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear
         weights: The layer's.
         top_k: k.
         linear: y = x w^T.
+        record: Takes the number, among all ranks', of each expert chosen.
 
     Returns:
         [T, h] in x's dtype.
@@ -39,11 +62,19 @@ def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear
     if weights.table is not None and (x.shape[0] <= FEW_TOKENS or is_invariant):
         from m1_kernels.routed_experts import routed_experts
 
+        chosen = x.new_empty(x.shape[0], top_k, dtype=torch.int32)
         out = routed_experts(
-            x, weights.router, weights.table, top_k=top_k, block_rows=16 if is_invariant else None
+            x,
+            weights.router,
+            weights.table,
+            top_k=top_k,
+            block_rows=16 if is_invariant else None,
+            chosen=chosen,
         )
+        if record is not None:
+            record.write(chosen)
     else:
-        out = _chosen(x, weights.router, weights, top_k, linear)
+        out = _chosen(x, weights.router, weights, top_k, linear, record)
     if weights.shared is not None:
         shared = weights.shared
         out = out + _swiglu(x, shared.fc1[0], shared.fc2[0], None, linear)
@@ -51,10 +82,17 @@ def experts(x: torch.Tensor, weights: FeedForward, *, top_k: int, linear: Linear
 
 
 def _chosen(
-    x: torch.Tensor, router: torch.Tensor, weights: FeedForward, top_k: int, linear: Linear
+    x: torch.Tensor,
+    router: torch.Tensor,
+    weights: FeedForward,
+    top_k: int,
+    linear: Linear,
+    record: Record | None,
 ) -> torch.Tensor:
     logits = linear(x.float(), router.float())
     top, chosen = logits.topk(top_k, dim=-1)
+    if record is not None:
+        record.write(chosen)
     share = top.softmax(-1)
     if x.shape[0] <= DENSE_TOKENS or len(weights.fc1) <= 2 * top_k:
         return _all(x, weights, torch.zeros_like(logits).scatter_(1, chosen, share), linear)

@@ -49,8 +49,15 @@ class HostDecoder:
             "embedding": found.embedding,
             "final_norm": found.final_norm,
             "head": found.head,
+            "inverse_frequencies": found.inverse_frequencies.float(),
         }
-        self._model = HostModel(sizes, [_layer(x, found.top_k, cache) for x in found.layers])
+        self._model = HostModel(
+            sizes,
+            [
+                _layer(layer, found.top_k, cache) | _record(number, cache)
+                for number, layer in enumerate(found.layers)
+            ],
+        )
 
     def __call__(self, step: Step) -> torch.Tensor:
         """Logits float32 [R, V]; states and keys of all tokens enter the cache."""
@@ -60,16 +67,8 @@ class HostDecoder:
         slots = rows.slots
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop)
-        positions = step.positions[: rows.count]
-        angles = positions[:, None].float() * self._runner.parameters.inverse_frequencies
-        logits = self._model.decode(
-            step.tokens[: rows.count],
-            positions,
-            slots,
-            rows.pages,
-            cos=angles.cos(),
-            sin=angles.sin(),
-        )
+        count = rows.count
+        logits = self._model.decode(step.tokens[:count], step.positions[:count], slots, rows.pages)
         if not step.chunks:
             return logits
         return torch.cat((logits, self._runner(step.without_rows(), self._cache)))
@@ -102,6 +101,11 @@ def _layer(layer: Layer, top_k: int, cache: Cache) -> dict[str, Any]:
             "values": cache.values[layer.cache_index],
         }
     return found | _experts(layer.mlp, top_k)
+
+
+def _record(number: int, cache: Cache) -> dict[str, Any]:
+    table = cache.routed_experts
+    return {} if table is None else {"routed_experts": table[number]}
 
 
 def _experts(weights: FeedForward, top_k: int) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class EngineLimits:
     is_invariant: bool = False
     """Whether a request's bits must not depend on what else is in the batch."""
 
+    record_experts: bool = False
+    """Whether the experts of every token are kept, for routing replay; 2 bytes a token, layer and
+    choice."""
+
     @property
     def num_tokens(self) -> int:
         """Tokens whose keys and values fit."""

@@ -105,6 +105,7 @@ def limits_for(
     step_tokens: int = 8192,
     prefix_bytes: int = 0,
     is_invariant: bool = False,
+    record_experts: bool = False,
 ) -> EngineLimits:
     """Sizes of an engine that fits this machine.
 
@@ -118,13 +119,15 @@ def limits_for(
         step_tokens: Tokens of a model call.
         prefix_bytes: States kept of earlier turns.
         is_invariant: Batch-invariant mode.
+        record_experts: Whether experts are kept; they count as keys and values do.
     """
     found = read_parameters(model)
     config = found.config
     num_softmax = sum(not isinstance(x.attention, Lightning) for x in found.layers)
     ranks = found.tensor_group.size() if found.tensor_group else 1
     row = 2 * config.num_query_groups // ranks * config.kv_channels * found.embedding.element_size()
-    page = max(1, num_softmax * row * page_size)
+    experts = 2 * len(found.layers) * found.top_k if record_experts else 0
+    page = max(1, (num_softmax * row + experts) * page_size)
     if cache_bytes is None:
         cache_bytes = CPU_CACHE_BYTES
         if torch.cuda.is_available():
@@ -145,6 +148,7 @@ def limits_for(
         step_tokens=step_tokens,
         prefix_bytes=prefix_bytes,
         is_invariant=is_invariant,
+        record_experts=record_experts,
     )
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from m1.config.schema import RepetitionStopConfig, SamplingConfig
-from m1.types import M1Error
+from m1.types import M1Error, RoutedExperts
 
 MAX_TOP_LOGPROBS = 20
 
@@ -99,3 +99,5 @@ class TokenOutput:
     """On the last token: `stop`, `length`, `repetition`, or `cancelled`."""
     stop_string: str | None = None
     """The stop string that ended it."""
+    routed_experts: RoutedExperts | None = None
+    """On the last token, of all of them, where the engine records them."""

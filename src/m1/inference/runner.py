@@ -24,7 +24,7 @@ from m1.inference.attention import (
     prefill_softmax,
 )
 from m1.inference.cache import Cache
-from m1.inference.feed_forward import experts
+from m1.inference.feed_forward import Record, experts
 from m1.inference.parameters import Layer, Lightning, Softmax, copy_joined, read_parameters
 from m1.inference.steps import DecodeRows, Prompts, Step
 from m1.model.head import split_linear
@@ -64,7 +64,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def __call__(self, step: Step, cache: Cache) -> torch.Tensor:
-        """Logits float32 [R, V]; states and keys of all tokens enter the cache."""
+        """Logits float32 [R, V]; states, keys and experts of all tokens enter the cache."""
         found = self.parameters
         x = self._embed(step.tokens)
         angles = step.positions[:, None].float() * found.inverse_frequencies
@@ -73,7 +73,7 @@ class ModelRunner:
         prompts = Prompts.of(step.chunks, x.device) if step.chunks else None
         normed = self._norm(x, found.layers[0].attention_norm)
         following = [*(layer.attention_norm for layer in found.layers[1:]), found.final_norm]
-        for layer, next_norm in zip(found.layers, following, strict=True):
+        for number, (layer, next_norm) in enumerate(zip(found.layers, following, strict=True)):
             if isinstance(layer.attention, Lightning):
                 inner = self._lightning(normed, layer, layer.attention, step, prompts, cache)
             else:
@@ -82,7 +82,14 @@ class ModelRunner:
             out, scales = layer.attention.out, layer.attention_scales
             x, normed = self._project(inner, out, kept, scales, layer.mlp_norm)
             kept = normed if found.config.is_post_norm else x
-            branch = experts(normed, layer.mlp, top_k=found.top_k, linear=self.linear)
+            record = None if cache.routed_experts is None else cache.routed_experts[number]
+            branch = experts(
+                normed,
+                layer.mlp,
+                top_k=found.top_k,
+                linear=self.linear,
+                record=None if record is None else Record(record.flatten(0, 1), step.places),
+            )
             branch = _reduced(branch, found.expert_group)
             x, normed = self._add(branch, kept, layer.mlp_scales, next_norm)
         return self._logits(normed if step.logits_of is None else normed[step.logits_of])

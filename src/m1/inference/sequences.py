@@ -9,6 +9,7 @@ import torch
 from m1.inference.cache import Swapped
 from m1.inference.params import SamplingParams, TokenOutput
 from m1.inference.sampler import RandomStream
+from m1.types import RoutedExperts
 
 Order = tuple[int, int]
 """Arrival of the request, number of the completion: who was there first is served first."""
@@ -38,8 +39,25 @@ class Sequence:
     """Tokens whose states and keys are in the cache: all but the newest, while it runs."""
     saved: Swapped | None = None
     """The cache's content while it is preempted."""
+    routed_experts: RoutedExperts | None = None
+    """Once it has finished, where they are recorded."""
     finish_reason: str | None = None
     stop_string: str | None = None
+
+    def newest(self, top: tuple[tuple[int, float], ...]) -> TokenOutput:
+        """The last token; `top` are likely ones at its place with their log-probabilities."""
+        return TokenOutput(
+            index=self.order[1],
+            token=self.tokens[-1],
+            logprob=self.logprobs[-1],
+            sampling_logprob=self.sampling_logprobs[-1],
+            entropy=self.entropies[-1],
+            policy_version=self.versions[-1],
+            top=top[: self.params.top_logprobs],
+            finish_reason=self.finish_reason,
+            stop_string=self.stop_string,
+            routed_experts=self.routed_experts,
+        )
 
 
 @dataclass(eq=False, slots=True)

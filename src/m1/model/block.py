@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from m1.config.schema import BranchScales, ResidualConfig
 from m1.model.packing import SequencePacking
+from m1.model.routing import replaying
 
 
 @dataclass
@@ -94,8 +96,21 @@ class HybridLayer(TransformerLayer):  # type: ignore[misc]
         attention_scales = scales.softmax if is_softmax else scales.lightning
         hidden_states = self._add(normed, hidden_states, branch, attention_scales)
         normed = self.pre_mlp_layernorm(hidden_states)
-        branch, _ = self.mlp(normed)
+        if packed_seq_params is None or packed_seq_params.routed_experts is None:
+            branch, _ = self.mlp(normed)
+        else:
+            branch = self._replayed(normed, packed_seq_params.routed_experts)
         return self._add(normed, hidden_states, branch, scales.mlp)
+
+    def _replayed(self, x: torch.Tensor, routed_experts: torch.Tensor) -> torch.Tensor:
+        """The feed-forward by given experts int16 [T of the context rank, all layers, k]."""
+        count, rank = x.shape[0], parallel_state.get_tensor_model_parallel_rank()
+        if count == len(routed_experts):  # else the tokens are divided among tensor ranks
+            rank = 0
+        own = routed_experts[rank * count : (rank + 1) * count, self.layer_number - 1]
+        with replaying(self.mlp.router, own):
+            branch: torch.Tensor = self.mlp(x)[0]
+        return branch
 
     def _add(
         self,

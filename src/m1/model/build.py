@@ -9,6 +9,7 @@ from m1.config.layout import layout_mistakes, stage_layers
 from m1.config.schema import ModelConfig, ParallelConfig
 from m1.model.block import HybridConfig
 from m1.model.head import HybridModel, keep_float
+from m1.model.routing import make_replayable
 from m1.model.spec import block_spec, uses_transformer_engine
 from m1.types import M1Error
 
@@ -149,6 +150,7 @@ def build_model(
     if is_last:
         keep_float(built.output_layer)
         _put_first(built, "output_layer")
+    make_replayable(built)
     if uses_transformer_engine(model) and model.moe is not None:
         from m1.model.experts import use_our_kernels
 

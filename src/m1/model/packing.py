@@ -21,6 +21,9 @@ class SequencePacking(PackedSeqParams):  # type: ignore[misc]
     """int64 [T], position of each token in its sequence."""
     chunks: torch.Tensor | None = None
     """int32 [2N + 1], bounds of this rank's two chunks of every sequence; None on one rank."""
+    routed_experts: torch.Tensor | None = None
+    """int16 [T, layers, k], experts to use instead of the router's own choice; see
+    `m1.model.routing`."""
 
 
 def pack(

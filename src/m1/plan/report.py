@@ -22,6 +22,7 @@ from typing import Any
 
 from m1.config.layout import padded_vocab
 from m1.config.schema import Recipe
+from m1.config.stages import stage_kind
 from m1.plan.cost import (
     DEFAULT_GPU,
     DEFAULT_MFU,
@@ -180,9 +181,10 @@ def _warnings(stages: list[StageMemory], gpu: Gpu, workload: Workload) -> list[s
     worst = max(stages, key=lambda stage: stage.peak)
     need, have = worst.peak / GIB, gpu.memory_bytes / GIB
     found = f"pipeline stage {worst.stage} needs {need:.1f} GiB on a GPU"
-    micro_batch = "micro_batch_tokens" if workload.stage == "rl" else "micro_batch_rows"
+    table = stage_kind(workload.stage)
+    micro_batch = "micro_batch_tokens" if workload.is_sampling else "micro_batch_rows"
     remedy = (
-        f"set {workload.stage}.parallel.recompute, lower {workload.stage}.{micro_batch}, or spread "
+        f"set {table}.parallel.recompute, lower {table}.{micro_batch}, or spread "
         "the model over more GPUs"
     )
     if workload.is_sampling:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from m1.config.schema import ParallelConfig, Recipe, RlConfig, TrainConfig
+from m1.config.stages import model_stages, rl_config, stage_kind, stages_of
 from m1.plan.cost import StepWork
 from m1.plan.memory import Batch, Decoding
 from m1.types import M1Error
@@ -30,7 +31,9 @@ class Workload:
 def workload_of(
     recipe: Recipe, stage: str, *, num_sequences: int | None = None, length: int | None = None
 ) -> Workload:
-    """The workload of `pretrain`, `sft` or `rl`.
+    """The workload of `pretrain`, `sft`, `rl` or one length of it, such as `rl_40960`.
+
+    Where RL has several lengths, `rl` is the longest.
 
     Args:
         recipe: The recipe.
@@ -45,15 +48,18 @@ def workload_of(
     for name, value in (("sequences", num_sequences), ("length", length)):
         if value is not None and value < 1:
             raise M1Error(f"{name} is {value}, but must be at least 1; raise it")
-    tables = {"pretrain": recipe.pretrain, "sft": recipe.sft, "rl": recipe.rl}
-    config = tables.get(stage)
-    if config is None:
-        present = ", ".join(name for name, table in tables.items() if table is not None)
-        raise M1Error(f"stage is {stage!r}, but this recipe trains in {present}; choose one")
-    if isinstance(config, RlConfig):
-        return _rl(config, num_sequences, length)
+    present = model_stages(stages_of(recipe))
+    if stage == "rl" and recipe.rl is not None:
+        stage = present[-1]
+    if stage not in present:
+        raise M1Error(
+            f"stage is {stage!r}, but this recipe trains in {', '.join(present)}; choose one"
+        )
+    if stage_kind(stage) == "rl":
+        return _rl(stage, rl_config(stage, recipe), num_sequences, length)
+    table: TrainConfig = getattr(recipe, stage)
     row = recipe.data.sequence_length
-    return _supervised(stage, config, row, Decoding(num_sequences or 1, length or row))
+    return _supervised(stage, table, row, Decoding(num_sequences or 1, length or row))
 
 
 def _supervised(stage: str, config: TrainConfig, row: int, decoding: Decoding) -> Workload:
@@ -71,7 +77,7 @@ def _supervised(stage: str, config: TrainConfig, row: int, decoding: Decoding) -
     )
 
 
-def _rl(config: RlConfig, num_sequences: int | None, length: int | None) -> Workload:
+def _rl(stage: str, config: RlConfig, num_sequences: int | None, length: int | None) -> Workload:
     """One generation batch, every completion at its longest: sampled, scored and trained once.
 
     Prompts and the extra batches of dynamic sampling are not counted.
@@ -82,7 +88,7 @@ def _rl(config: RlConfig, num_sequences: int | None, length: int | None) -> Work
     tokens_of_update = tokens / config.updates_per_step / config.parallel.data
     at_once = min(MAX_SEQUENCES, ceil(completions / config.parallel.data))
     return Workload(
-        stage="rl",
+        stage=stage,
         parallel=config.parallel,
         batch=Batch(config.micro_batch_tokens, ceil(tokens_of_update / config.micro_batch_tokens)),
         work=StepWork(sampled=tokens, scored=tokens, trained=tokens),

@@ -32,6 +32,9 @@ _OWN_DEFAULTS = {"timeout_seconds": 10.0, "memory_mib": 1024, "purpose": "from M
 VERIFIERS = {
     "maths": VerifierSpec("m1.rewards.maths.verifier", 10.0, 2048, "a final answer in mathematics"),
     "logic": VerifierSpec("m1.rewards.logic", 10.0, 1024, "our logic tasks, `logic:<task>`"),
+    "synlogic": VerifierSpec(
+        "m1.rewards.synlogic", 10.0, 1024, "SynLogic's rows of our logic tasks, `synlogic:<task>`"
+    ),
     "reasoning_gym": VerifierSpec(
         "m1.rewards.reasoning_gym", 10.0, 2048, "`reasoning_gym:<dataset>`"
     ),

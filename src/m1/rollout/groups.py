@@ -2,15 +2,17 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from m1.config.schema import RewardConfig, SamplingConfig
 from m1.data.chat import render_prompt
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import Engine, Request
+from m1.rewards.length import overlong_penalty
+from m1.rewards.registry import kind_of
 from m1.rewards.rules import reward_of, score
 from m1.rewards.service.pool import RewardService
-from m1.rollout.sharing import shared
 from m1.types import Completion, Reward, Rollout, RolloutGroup, Task
 
 
@@ -29,27 +31,79 @@ def sample_groups(
 
     With a service all verdicts come from its workers, whatever the verifier; without one they are
     made here, which `m1.rewards.rules.score` limits to safe verifiers. The random stream of a
-    completion depends on `seed`, the task and its number in the group alone. Over several ranks
-    each copy of the model samples and scores its share of the tasks, and all ranks get all groups.
+    completion depends on `seed`, the task and its number in the group alone.
     """
+    requests = requests_for(tasks, tokenizer=tokenizer, group_size=group_size, seed=seed)
+    completions = engine.generate(requests, sampling)
+    return score_groups(
+        tasks,
+        completions,
+        tokenizer=tokenizer,
+        reward=reward,
+        max_tokens=sampling.max_new_tokens,
+        service=service,
+    )
+
+
+def requests_for(
+    tasks: Sequence[Task], *, tokenizer: Tokenizer, group_size: int, seed: int
+) -> list[Request]:
+    """What to ask of an engine for `group_size` completions of every task."""
+    requests = []
     drawn: Counter[str] = Counter()
-    jobs = []
     for task in tasks:
         first = drawn[task.task_id] * group_size  # a task that comes twice is sampled anew
         drawn[task.task_id] += 1
         seeds = tuple(completion_seed(seed, task, first + i) for i in range(group_size))
-        jobs.append((task, Request(tuple(render_prompt(tokenizer, task.prompt)), seeds)))
+        requests.append(Request(tuple(render_prompt(tokenizer, task.prompt)), seeds))
+    return requests
 
-    def make(share: Sequence[tuple[Task, Request]]) -> list[RolloutGroup]:
-        own = [task for task, _ in share]
-        completions = engine.generate([request for _, request in share], sampling)
-        rewards = iter(_rewards(own, completions, tokenizer, reward, service))
-        return [
-            RolloutGroup(task=task, rollouts=tuple(Rollout(task, c, next(rewards)) for c in group))
-            for task, group in zip(own, completions, strict=True)
-        ]
 
-    return shared(jobs, make)
+def score_groups(
+    tasks: Sequence[Task],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    tokenizer: Tokenizer,
+    reward: RewardConfig,
+    max_tokens: int,
+    service: RewardService | None,
+) -> list[RolloutGroup]:
+    """Groups of completions with their rewards; `max_tokens` is the limit they were sampled to."""
+    rewards = iter(_rewards(tasks, completions, tokenizer, reward, service))
+    return [
+        RolloutGroup(
+            task=task,
+            rollouts=tuple(
+                Rollout(task, c, shaped(next(rewards), c, reward, max_tokens=max_tokens))
+                for c in group
+            ),
+        )
+        for task, group in zip(tasks, completions, strict=True)
+    ]
+
+
+def shaped(
+    reward: Reward, completion: Completion, config: RewardConfig, *, max_tokens: int
+) -> Reward:
+    """The reward with the soft penalty of long completions, where the recipe has one.
+
+    `accuracy`, which filters groups, stays as it is; the part is `overlong`.
+    """
+    if not config.overlong or config.overlong_tokens is None or reward.is_failed:
+        return reward
+    penalty = overlong_penalty(
+        len(completion.tokens), max_tokens=max_tokens, cache_tokens=config.overlong_tokens
+    )
+    return replace(
+        reward,
+        total=reward.total + config.overlong * penalty,
+        parts={**reward.parts, "overlong": penalty},
+    )
+
+
+def needs_service(tasks: Iterable[Task]) -> bool:
+    """Whether a task's verifier must run in a process that can be killed."""
+    return any(kind_of(task.verifier) not in ("logic", "reasoning_gym") for task in tasks)
 
 
 def _rewards(

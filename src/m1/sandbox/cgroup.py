@@ -4,15 +4,17 @@ Version 1 needs root. Version 2 needs a delegated group: M1_CGROUP names it, or 
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from m1.sandbox import owner
 from m1.sandbox.base import MIB, SandboxError
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -54,12 +56,20 @@ def create(*, memory_mib: int, num_processes: int) -> Group | None:
     """A new group with these bounds, or None where none can be made."""
     if version() == 0:
         return None
-    name = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+    name = f"{_PREFIX}-{owner.tag()}-{next(_numbers)}"
     kind = GroupV2 if version() == 2 else GroupV1
     try:
         return kind(name, memory_mib, num_processes)
     except OSError as error:
         raise SandboxError(f"control group {name} cannot be made: {error}") from error
+
+
+def enter(entrances: Sequence[bytes]) -> None:
+    """Put this process into the group of these entrances."""
+    for path in entrances:
+        descriptor = os.open(path, os.O_WRONLY)
+        os.write(descriptor, b"0")
+        os.close(descriptor)
 
 
 def sweep() -> int:
@@ -70,12 +80,12 @@ def sweep() -> int:
         return 0
     removed = 0
     for name in kind.names():
-        owner = name.split("-")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        if not owner.is_alive(name.split("-")[2]):
             group = kind.existing(name)
-            group.kill()
-            group.remove()
-            removed += 1
+            with contextlib.suppress(SandboxError, OSError):  # others may be at it
+                group.kill()
+                group.remove()
+                removed += 1
     return removed
 
 
@@ -212,8 +222,10 @@ def _kill_listed(path: Path) -> bool:
     """Kill what the file lists; whether it listed anything."""
     try:
         pids = path.read_text().split()
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):  # removed, before or after it was opened
+            return False
+        raise
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)

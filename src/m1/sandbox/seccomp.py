@@ -2,7 +2,8 @@
 
 Programs never need them: mounting, namespaces, tracing, kernel modules, keys, bpf, io_uring. Inside
 the sandbox they fail with EPERM; calls of a foreign ABI (32-bit, x32) kill the process, because
-numbers mean other things there.
+numbers mean other things there. Sockets are of the four families that programs need: namespaces do
+not hold vsock, by which a virtual machine talks to its host.
 """
 
 import errno
@@ -32,6 +33,9 @@ _NUMBERS = {
         "mount_setattr": 442, "pivot_root": 41, "chroot": 51,
     },
 }  # fmt: skip
+_SOCKET = {"x86_64": 41, "aarch64": 198}
+_FAMILIES = (1, 2, 10, 16)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK."""
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_BIT = 0x40000000
 
@@ -58,7 +62,15 @@ def program(machine: str | None = None) -> bytes | None:
         (_JUMP_GREATER_EQUAL, 0, 1, _X32_BIT),
         (_RETURN, 0, 0, _KILL),
     ]
+    tail = [
+        (_JUMP_EQUAL, 1, 0, _SOCKET[machine]),
+        (_RETURN, 0, 0, _ALLOW),
+        (_LOAD, 0, 0, 16),  # the low half of the first argument
+        *((_JUMP_EQUAL, len(_FAMILIES) - i, 0, family) for i, family in enumerate(_FAMILIES)),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
     for position, number in enumerate(numbers):
-        code.append((_JUMP_EQUAL, len(numbers) - position, 0, number))
-    code += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+        code.append((_JUMP_EQUAL, len(numbers) - position + len(tail) - 3, 0, number))
+    code += tail
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

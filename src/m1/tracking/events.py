@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-EventKind = Literal["start", "progress", "end", "cached", "error"]
+EventKind = Literal["start", "progress", "warning", "end", "cached", "error"]
 
 
 @dataclass(frozen=True)

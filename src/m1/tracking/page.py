@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from m1.config.stages import STAGES
+from m1.config.stages import in_order, parents_among
 from m1.tracking.graph import StageNode, draw_stages
 from m1.tracking.progress import format_duration
 from m1.types import Pointer
@@ -46,9 +46,8 @@ def stage_nodes(summary: Mapping[str, Any], pointers: Mapping[str, Pointer]) -> 
     """Boxes for the stages that the summary or a pointer names, in order of execution."""
     told = summary.get("stages", {})
     nodes = []
-    for name, spec in STAGES.items():
-        if name not in told and name not in pointers:
-            continue
+    names = in_order([*told, *pointers])
+    for name in names:
         state = told.get(name, {})
         pointer = pointers.get(name)
         seconds = state.get("seconds")
@@ -58,7 +57,7 @@ def stage_nodes(summary: Mapping[str, Any], pointers: Mapping[str, Pointer]) -> 
                 status=str(state.get("status", "")),
                 detail=format_duration(float(seconds)) if seconds is not None else "",
                 stage_hash=str(state.get("hash") or (pointer.stage_hash if pointer else "")),
-                parents=spec.parents,
+                parents=parents_among(name, names),
             )
         )
     return nodes
@@ -71,12 +70,11 @@ def _details(pointer: Pointer, pointers: Mapping[str, Pointer]) -> dict[str, Any
         for key, value in pointer.metadata.items()
         if key not in ids
     }
-    parents = STAGES[pointer.stage].parents if pointer.stage in STAGES else ()
     return {
         "pointer": pointer,
         "ids": ids,
         "others": {key: text for key, text in others.items() if len(text) <= 400},
-        "reads": [parent for parent in parents if parent in pointers],
+        "reads": list(parents_among(pointer.stage, pointers)) if in_order([pointer.stage]) else [],
     }
 
 

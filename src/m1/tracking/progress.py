@@ -23,6 +23,8 @@ class StageProgress:
     total: int = 0
     phase: str = ""
     message: str = ""
+    warning: str = ""
+    """The latest."""
     metrics: dict[str, float] = field(default_factory=dict)
     _first_step: tuple[int, float] | None = None
     """Step and time of this process's first progress: a resumed stage does not start at 0."""
@@ -35,7 +37,7 @@ class StageProgress:
         if kind == "start":
             self.state, self.started, self.ended = "running", when, None
             self._first_step = self._last_step = None
-        elif kind == "progress":
+        elif kind in ("progress", "warning"):
             self.state = "running"
         else:
             self.state = _FINAL_STATES.get(kind, self.state)
@@ -43,7 +45,10 @@ class StageProgress:
         if self.started is None:
             self.started = when
         self.phase = event.get("phase") or self.phase
-        self.message = event.get("message") or self.message
+        if kind == "warning":
+            self.warning = event.get("message") or self.warning
+        else:
+            self.message = event.get("message") or self.message
         self.metrics.update(event.get("metrics") or {})
         self.total = event.get("total") or self.total
         if event.get("step") is not None:
@@ -101,6 +106,8 @@ class StageProgress:
             parts += [f"in {format_duration(self.elapsed_seconds)}", self.metric_text]
         elif self.state == "failed":
             parts += [self.phase, self.message]
+        if self.warning:
+            parts += [f"(warning: {self.warning})"]
         return " ".join(part for part in parts if part)
 
 

@@ -3,10 +3,11 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from m1.tracking.rollout_traces import RolloutTrace, log_rollout_traces
 from m1.tracking.store import (
     has_model,
     log_new_params,
@@ -175,6 +176,21 @@ class StageRun:
             for name, value in metrics.items()
         ]
         self._client.log_batch(self.run_id, metrics=scores)
+
+    def log_rollouts(self, rollouts: Sequence[RolloutTrace], *, step: int) -> None:
+        """Show rollouts of an RL step as traces; store trouble only warns."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            log_rollout_traces(
+                self._client,
+                run_id=self.run_id,
+                experiment_id=self.experiment_id,
+                step=step,
+                traces=rollouts,
+            )
+        except MlflowException as error:
+            _log.warning("MLflow took no traces of step %d: %s", step, error)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Upload a file as an artifact of the run, below `folder`."""

@@ -1,6 +1,7 @@
 """From stored rows and sampled rollouts to packed micro-batches."""
 
-from collections.abc import Iterator, Sequence
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ class TrainSample:
     advantage: float
     prompt: int
     """Number of the prompt (group) in its batch."""
+    routed_experts: torch.Tensor | None = None
+    """int16 [T, layers, k], the engine's choice, where it is to be replayed."""
 
 
 def row_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -78,33 +81,91 @@ def _join_rows(rows: Sequence[PackedRow], total: int) -> MicroBatch:
     )
 
 
+def plan_micro_batches(
+    sizes: Sequence[int], *, max_tokens: int, num_replicas: int = 1
+) -> list[list[int]]:
+    """Which samples make up each micro-batch, of at most `max_tokens` tokens if none is longer.
+
+    One replica fills them in order. Several take turns (`Trainer.share`), so there are as many for
+    each where samples suffice, and tokens are spread evenly: the largest sample first, each to the
+    emptiest micro-batch.
+
+    Args:
+        sizes: Tokens of each sample.
+        max_tokens: Bound of a micro-batch; a longer sample stands alone.
+        num_replicas: Data-parallel ranks.
+
+    Returns:
+        Numbers of samples, every one once.
+    """
+    if num_replicas == 1:
+        return list(_bounded(sizes, max_tokens))
+    count = num_replicas * -(-sum(sizes) // (max_tokens * num_replicas))
+    while True:
+        plan = _spread(sizes, min(count, len(sizes)))
+        if count >= len(sizes) or all(
+            len(group) == 1 or sum(sizes[i] for i in group) <= max_tokens for group in plan
+        ):
+            return plan
+        count += num_replicas
+
+
+def _spread(sizes: Sequence[int], count: int) -> list[list[int]]:
+    groups: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, number) for number in range(count)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        total, number = heapq.heappop(heap)
+        groups[number].append(i)
+        heapq.heappush(heap, (total + sizes[i], number))
+    return [sorted(group) for group in groups]
+
+
 def pack_samples(
     samples: Sequence[TrainSample],
     weights: Sequence[torch.Tensor],
     *,
-    max_tokens: int,
-    old_logprobs: Sequence[torch.Tensor] | None = None,
+    plan: Sequence[Sequence[int]],
+    extras: Mapping[str, Sequence[torch.Tensor]] | None = None,
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `max_tokens` tokens (a longer sample stands alone), in order."""
-    batches = []
-    for group in _bounded([s.tokens.numel() for s in samples], max_tokens):
-        chosen = [samples[i] for i in group]
-        extras = {
-            "loss_mask": torch.cat([s.loss_mask for s in chosen]),
-            "advantages": torch.cat([torch.full((s.tokens.numel(),), s.advantage) for s in chosen]),
-        }
-        if old_logprobs is not None:
-            extras["old_logprobs"] = torch.cat([old_logprobs[i] for i in group])
-        batches.append(
-            MicroBatch(
-                tokens=torch.cat([s.tokens for s in chosen]),
-                targets=torch.cat([s.targets for s in chosen]),
-                lengths=torch.tensor([s.tokens.numel() for s in chosen]),
-                weights=torch.cat([weights[i] for i in group]),
-                extras=extras,
-            )
-        )
-    return batches
+    """The micro-batches of a plan.
+
+    Args:
+        samples: All of them.
+        weights: float32 [T] of each.
+        plan: From `plan_micro_batches`.
+        extras: Further tensors [T] of each sample for the loss, by name.
+
+    Returns:
+        Micro-batches with the extras `loss_mask`, `advantages`, `behaviour_logprobs`, `sequence`
+        (int64, number within the micro-batch), and the given ones.
+    """
+    return [_join_samples(samples, weights, group, extras or {}) for group in plan]
+
+
+def _join_samples(
+    samples: Sequence[TrainSample],
+    weights: Sequence[torch.Tensor],
+    group: Sequence[int],
+    extras: Mapping[str, Sequence[torch.Tensor]],
+) -> MicroBatch:
+    chosen = [samples[i] for i in group]
+    lengths = torch.tensor([s.tokens.numel() for s in chosen])
+    own = {
+        "loss_mask": torch.cat([s.loss_mask for s in chosen]),
+        "advantages": torch.tensor([s.advantage for s in chosen]).repeat_interleave(lengths),
+        "behaviour_logprobs": torch.cat([s.behaviour_logprobs for s in chosen]),
+        "sequence": torch.arange(len(chosen)).repeat_interleave(lengths),
+    }
+    routed = [s.routed_experts for s in chosen if s.routed_experts is not None]
+    given = {name: torch.cat([values[i] for i in group]) for name, values in extras.items()}
+    return MicroBatch(
+        tokens=torch.cat([s.tokens for s in chosen]),
+        targets=torch.cat([s.targets for s in chosen]),
+        lengths=lengths,
+        weights=torch.cat([weights[i] for i in group]),
+        extras=own | given,
+        routed_experts=torch.cat(routed) if routed else None,
+    )
 
 
 def _bounded(sizes: Sequence[int], bound: int) -> Iterator[list[int]]:

@@ -45,14 +45,21 @@ def shard(
     packing = pack(lengths, context_rank=context_rank, context_size=parallel.context, device=device)
     if parallel.context == 1 and len(source) == batch.tokens.numel():
         local = batch if device.type == "cpu" else batch.map(lambda x: x.to(device))
+        packing.routed_experts = local.routed_experts
         return BatchShard(local, packing, source)
-    is_real = source >= 0
+    is_padding = source < 0
     place = source.clamp(min=0)
 
     def take(x: torch.Tensor) -> torch.Tensor:
-        return (x[place] * is_real).to(device)
+        rows = x[place]
+        rows[is_padding] = 0
+        return rows.to(device)
 
-    return BatchShard(batch.map(take), packing, source)
+    local = batch.map(take)
+    if local.routed_experts is not None:
+        local.routed_experts[is_padding.to(device)] = -1
+    packing.routed_experts = local.routed_experts
+    return BatchShard(local, packing, source)
 
 
 def _pad(

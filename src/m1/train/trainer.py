@@ -3,8 +3,9 @@
 Shapes: T packed tokens of one micro-batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from m1.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
@@ -25,6 +25,7 @@ from m1.model import checkpoint
 from m1.model.build import build_model
 from m1.model.cpu import single_threaded
 from m1.model.saving import BackgroundSaves, Saving
+from m1.train.megatron_setup import accumulate_in_products, check_order, finalize
 from m1.train.microbatch import MicroBatch
 from m1.train.sharding import BatchShard, shard
 from m1.types import M1Error
@@ -42,6 +43,9 @@ class UpdateResult:
 
     sums: dict[str, float]
     grad_norm: float
+    """Before it was clipped."""
+    is_made: bool = True
+    """Whether the weights changed."""
 
 
 def cross_entropy(
@@ -50,32 +54,6 @@ def cross_entropy(
     """Weighted negative log-likelihood of the targets, in nats."""
     loss = -(batch.weights * logprobs).sum()
     return loss, {"loss": loss.detach()}
-
-
-def _finalize(*args: Any, **kwargs: Any) -> None:
-    """Megatron's reduction of gradients, which on CPUs runs in gloo's threads."""
-    with single_threaded():
-        finalize_model_grads(*args, **kwargs)
-
-
-def _check_order(optimizer: MegatronOptimizer) -> None:
-    """Raise if megatron would look up a parameter's main weight under another's place."""
-    for part in optimizer.chained_optimizers:
-        for parameter, (group, place) in part.model_param_group_index_map.items():
-            found = part.optimizer.param_groups[group]["params"][place].numel()
-            here = part._get_model_param_range_map(parameter)["param"]
-            if found != here.end - here.start:
-                raise RuntimeError("megatron-core orders parameters of mixed types another way")
-
-
-def _accumulate_in_products(module: torch.nn.Module) -> None:
-    """Let Transformer Engine's products add weight gradients to the FP32 buffer themselves.
-
-    megatron's own switch for this also asks its plain layers, which need Apex for it.
-    """
-    for part in module.modules():
-        if hasattr(part, "fuse_wgrad_accumulation"):
-            part.fuse_wgrad_accumulation = True  # type: ignore[assignment]
 
 
 class Trainer:
@@ -102,7 +80,7 @@ class Trainer:
             ),
             module,
         )
-        _accumulate_in_products(module)
+        accumulate_in_products(module)
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -119,8 +97,8 @@ class Trainer:
             ),
             [self.module],
         )
-        _check_order(self.optimizer)
-        config.finalize_model_grads_func = _finalize
+        check_order(self.optimizer)
+        config.finalize_model_grads_func = finalize
         config.no_sync_func = self.module.no_sync
         self._forward_backward = get_forward_backward_func()
         self._saves = BackgroundSaves()
@@ -131,9 +109,21 @@ class Trainer:
         return self.module.module  # type: ignore[no-any-return]
 
     def update(
-        self, batches: Sequence[MicroBatch], loss: LossFunction, *, lr: float
+        self,
+        batches: Sequence[MicroBatch],
+        loss: LossFunction,
+        *,
+        lr: float,
+        skip_above: float | None = None,
     ) -> UpdateResult:
         """One optimizer update from micro-batches whose weights sum to 1 over all ranks.
+
+        Args:
+            batches: This data-parallel rank's.
+            loss: Of a micro-batch.
+            lr: Learning rate.
+            skip_above: The update is not made where the gradient's norm is larger or not finite;
+                absent: the latter is an error.
 
         Raises:
             M1Error: The gradient is not finite; the weights are left as they were.
@@ -147,7 +137,9 @@ class Trainer:
         with single_threaded():
             self.optimizer.prepare_grads()
             norm = self.optimizer.get_grad_norm()
-        if not torch.isfinite(torch.as_tensor(norm)):
+        if skip_above is not None and not (math.isfinite(norm) and norm <= skip_above):
+            return UpdateResult(sums=sums, grad_norm=float(norm), is_made=False)
+        if not math.isfinite(norm):
             raise M1Error(
                 f"the gradient norm is {float(norm)}; the update was not made. Lower the "
                 "learning rate, or look for a task whose reward is not finite; "
@@ -189,7 +181,7 @@ class Trainer:
         """
         size = self.parallel.data
         last = batches[-1]
-        filler = replace(last, weights=torch.zeros_like(last.weights))
+        filler = last.without_loss()
         filled = [*batches, *[filler] * (-len(batches) % size)]
         return filled[parallel_state.get_data_parallel_rank() :: size]
 

@@ -38,7 +38,7 @@ def test_show_merges_files_and_then_applies_overrides(tmp_path: Path) -> None:
 
 
 def test_diff_of_equal_recipes_has_no_reasons() -> None:
-    stages = ("data", "pretrain", "sft", "rl", "evaluate", "register")
+    stages = ("data", "sandbox", "pretrain", "sft", "rl", "evaluate", "register")
     assert rows(output("diff", LAPTOP, LAPTOP)) == [[stage, "unchanged"] for stage in stages]
 
 
@@ -50,6 +50,7 @@ def test_diff_says_what_changes_and_why() -> None:
     assert [line.split() for line in text.splitlines()] == [
         ["stage", "status", "why"],
         ["data", "unchanged"],
+        ["sandbox", "unchanged"],
         ["pretrain", "changes", *beta_row],
         ["sft", "changes", *beta_row],
         ["because", "pretrain", "changes"],

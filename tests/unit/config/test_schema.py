@@ -206,6 +206,18 @@ def test_stages_without_the_tasks_they_need_are_refused(
     assert mistakes(Recipe, {**RECIPE, "data": {**DATA, "tasks": [{**TASK, **task}]}}) == messages
 
 
+def test_routing_is_replayed_by_a_mixture_of_experts_only() -> None:
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
+    replayed = {**RECIPE, "rl": {**RL, "routing_replay": "rollout"}}
+    sparse = {**MODEL, "ffn_hidden_size": None, "moe": moe}
+    found = Recipe.model_validate({**replayed, "model": sparse}).rl
+    assert found is not None and found.routing_replay == "rollout"
+    assert mistakes(Recipe, replayed) == (
+        "rl.routing_replay is 'rollout', but model.moe is absent, so there is no routing; set it "
+        "to 'off'",
+    )
+
+
 def test_recipe_without_tasks_reports_every_stage_that_needs_them() -> None:
     texts = mistakes(Recipe, {**RECIPE, "data": {"sources": DATA["sources"]}})
     assert "data.tasks has no entries" in texts[0]

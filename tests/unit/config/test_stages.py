@@ -13,6 +13,7 @@ from m1.config.stages import (
     image_digest,
     parents_of,
     recipe_hash,
+    rl_config,
     stage_hashes,
     stage_slice,
     stages_of,
@@ -38,12 +39,13 @@ def uncached_image_digest() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("seed=77", ALL),
-        ("data.sequence_length=1234", ALL),
-        ("data.tasks.0.num_rl=7", ALL),
-        ("model.beta=0.53", ALL - {"data"}),
+        ("seed=77", ALL - {"sandbox"}),
+        ("data.sequence_length=1234", ALL - {"sandbox"}),
+        ("data.tasks.0.num_rl=7", ALL - {"sandbox"}),
+        ("model.beta=0.53", ALL - {"data", "sandbox"}),
         ("pretrain.num_steps=12345", AFTER_PRETRAIN | {"pretrain"}),
         ("sft.num_steps=12345", AFTER_PRETRAIN),
+        ("sandbox.num_runs=9", {"sandbox", "rl", "evaluate", "register"}),
         ("rl.group_size=37", {"rl", "evaluate", "register"}),
         ("evaluate.num_samples=37", {"evaluate"}),
         ("register.alias=best", {"register"}),
@@ -87,10 +89,10 @@ def test_order_and_spelling_of_values_do_not_change_hashes() -> None:
 @pytest.mark.parametrize(
     ("absent", "parents"),
     [
-        (set(), ("data", "pretrain", "sft", "rl")),
-        ({"sft"}, ("data", "pretrain", "rl")),
-        ({"rl"}, ("data", "pretrain", "sft")),
-        ({"sft", "rl"}, ("data", "pretrain")),
+        (set(), ("data", "sandbox", "pretrain", "sft", "rl")),
+        ({"sft"}, ("data", "sandbox", "pretrain", "rl")),
+        ({"rl"}, ("data", "sandbox", "pretrain", "sft")),
+        ({"sft", "sandbox", "rl"}, ("data", "pretrain")),
     ],
 )
 def test_parents_absent_from_the_recipe_are_left_out(
@@ -150,3 +152,62 @@ def test_given_image_digest_wins_and_changes_every_stage(
     assert image_digest() == "sha256:abc"
     after = stage_hashes(recipe)
     assert all(before[stage] != after[stage] for stage in STAGES)
+
+
+LENGTHS = [
+    {"max_new_tokens": 16, "min_steps": 1, "max_steps": 5},
+    {"max_new_tokens": 32, "min_steps": 1, "max_steps": 9, "clip_eps_high": 2.0},
+    {"max_new_tokens": 128, "min_steps": 1, "max_steps": 3, "max_grad_norm": 0.25},
+]
+
+
+def with_lengths(recipe: Recipe, lengths: list[dict[str, float]]) -> Recipe:
+    dumped = recipe.model_dump(by_alias=True)
+    dumped["rl"]["lengths"] = lengths
+    return Recipe.model_validate(dumped)
+
+
+def test_every_length_is_a_stage_that_follows_the_one_before(recipe: Recipe) -> None:
+    longer = with_lengths(recipe, LENGTHS)
+    chain = ("rl_16", "rl_32", "rl_128")
+    before = ("data", "sandbox", "pretrain", "sft")
+    assert stages_of(longer) == (*before, *chain, "evaluate", "register")
+    assert parents_of("rl_16", longer) == before
+    assert parents_of("rl_128", longer) == (*before, "rl_32")
+    assert parents_of("evaluate", longer) == (*before, *chain)
+
+
+def test_a_length_changes_itself_and_what_follows_only(recipe: Recipe) -> None:
+    before = stage_hashes(with_lengths(recipe, LENGTHS))
+    changed = [LENGTHS[0], {**LENGTHS[1], "max_steps": 10}, LENGTHS[2]]
+    after = stage_hashes(with_lengths(recipe, changed))
+    differing = {stage for stage in before if before[stage] != after[stage]}
+    assert differing == {"rl_32", "rl_128", "evaluate", "register"}
+
+
+def test_a_longer_chain_leaves_the_stages_before_it_alone(recipe: Recipe) -> None:
+    short, long = (stage_hashes(with_lengths(recipe, LENGTHS[:n])) for n in (2, 3))
+    assert {s for s in short if short[s] != long[s]} == {"evaluate", "register"}
+
+
+def test_a_length_has_its_own_values_and_those_of_rl_elsewhere(recipe: Recipe) -> None:
+    longer = with_lengths(recipe, LENGTHS)
+    assert longer.rl is not None
+    second, third = (rl_config(stage, longer) for stage in ("rl_32", "rl_128"))
+    assert (second.num_steps, second.sampling.max_new_tokens) == (9, 32)
+    assert (second.loss.clip_eps_high, third.loss.clip_eps_high) == (2.0, None)
+    assert (second.optimizer.max_grad_norm, third.optimizer.max_grad_norm) == (1.0, 0.25)
+    assert third.prompts_per_step == longer.rl.prompts_per_step
+    assert third.lengths == longer.rl.lengths[2:]
+
+
+def test_the_gate_re_runs_nothing_where_there_are_no_lengths(recipe: Recipe) -> None:
+    other = load_recipe([LAPTOP], overrides=["rl.gate.window_steps=50"])
+    assert stage_hashes(other) == stage_hashes(recipe)
+
+
+def test_lengths_must_grow_and_name_sources_that_exist(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="goes from 32 to 16 tokens"):
+        with_lengths(recipe, LENGTHS[1::-1])
+    with pytest.raises(ValueError, match=r"rl\.lengths\.0\.keep_fraction names 'sudoku'"):
+        with_lengths(recipe, [{**LENGTHS[0], "keep_fraction": {"sudoku": 0.5}}])

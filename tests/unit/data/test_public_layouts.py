@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from m1.data.logic.catalogue import LOGIC_TASKS
 from m1.data.tasks import read_tasks, write_tasks
 from m1.data.tasks.layouts import LAYOUTS
 from m1.data.tasks.loading import load_layout
@@ -18,7 +19,16 @@ EXPECTED = {  # number of tasks, and why other rows are none
     "math": (1, {"no_final_answer": 1}),
     "aime": (1, {"no_final_answer": 1}),
     "dapo": (1, {}),
-    "synlogic": (1, {"other_verifier_data": 1, "unknown_puzzle": 1}),
+    "synlogic": (
+        6,
+        {
+            "star_placement_puzzle: several_stars": 1,
+            "campsite: tents_beside_exactly_one_tree": 1,
+            "unknown_puzzle": 1,
+            "malformed_ValueError": 1,
+            "no_game_data": 1,
+        },
+    ),
     "livecodebench": (2, {"unreadable_private_tests": 1}),
     "apps": (2, {"no_tests": 1}),
     "taco": (1, {}),
@@ -76,9 +86,52 @@ def test_private_tests_are_read_without_unpickling(tmp_path):
     assert not Path("/tmp/m1_pickle").exists()
 
 
-def test_a_synlogic_puzzle_of_ours_is_judged_by_our_verifier():
-    (task,) = loaded("synlogic").tasks
-    assert load(task.verifier)(task, task.reference).accuracy == 1
+SYNLOGIC = {task.verifier.partition(":")[2]: task for task in loaded("synlogic").tasks}
+
+
+@pytest.mark.parametrize("name", SYNLOGIC)
+@pytest.mark.parametrize(
+    "form", ["{}", "I think so.\n```python\n{}\n```", "<think>[[1]]</think><answer>{}</answer>"]
+)
+def test_a_synlogic_answer_in_its_own_layout_is_accepted(name, form):
+    task = SYNLOGIC[name]
+    assert load(task.verifier)(task, form.format(task.reference)).accuracy == 1
+
+
+@pytest.mark.parametrize("name", SYNLOGIC)
+def test_a_synlogic_answer_with_any_cell_changed_is_rejected(name):
+    """The samples have one solution each; a changed number or mark is another grid."""
+    task, num_tried = SYNLOGIC[name], 0
+    for place, mark in enumerate(task.reference):
+        for other in "123456789X":
+            if mark in "123456789X" and other != mark:
+                changed = task.reference[:place] + other + task.reference[place + 1 :]
+                assert load(task.verifier)(task, changed).accuracy == 0, changed
+                num_tried += 1
+    assert num_tried >= 36
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "[[]]", "[[", "]]" * 5000, "[" * 5000, "{}", "{(1, 2)" * 3000, "((", "no idea",
+     "[[__import__('os').abort()]]", "[[9, 9], [9]]", "[[1.5, 2], [2, 1]]"],
+)  # fmt: skip
+def test_junk_is_no_synlogic_answer(text):
+    for task in SYNLOGIC.values():
+        assert load(task.verifier)(task, text).accuracy == 0
+
+
+def test_rows_between_commas_are_read_as_futoshiki_asks():
+    task = SYNLOGIC["futoshiki"]
+    rows = ",".join(" ".join(map(str, row)) for row in json.loads(task.reference))
+    assert load(task.verifier)(task, f"The answer is [[{rows}]].").accuracy == 1
+
+
+def test_synlogic_names_all_tasks_of_ours_or_why_not():
+    from m1.data.tasks.synlogic import _MAPPED, _OTHER
+
+    assert not set(_MAPPED) & set(_OTHER)
+    assert {name for name, _ in _MAPPED.values()} <= set(LOGIC_TASKS)
 
 
 def test_a_folder_of_parquet_and_json_is_read_in_order(tmp_path):

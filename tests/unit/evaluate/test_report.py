@@ -5,10 +5,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from m1.evaluate.figures import pearson_r, read_series, render_figures, render_rl_figure
-from m1.evaluate.report import write_report
+from m1.evaluate.figures import (
+    joined_stages,
+    pearson_r,
+    read_series,
+    render_figures,
+    render_rl_figure,
+)
+from m1.evaluate.report import sample_rollouts, write_report
 from m1.evaluate.tables import card_tables, format_value
-from m1.types import Pointer
+from m1.rollout.traces import StoredRollout, write_step
+from m1.types import Completion, Pointer, Reward, Rollout, RolloutGroup, Task
 
 STAGES = ("data", "pretrain", "sft", "rl", "evaluate", "register")
 FIGURES = {"pipeline", "scores", "rl", "probabilities", "losses"}
@@ -93,12 +100,40 @@ def _everything():
             name: Pointer(name, f"{i}" * 64, f"/runs/{name}", "a" * 64)
             for i, name in enumerate(STAGES)
         },
+        "rollouts": [_rollout(1, 1.0), _rollout(20, 0.0)],
     }
 
 
-def _write(tmp_path, **changes):
+def _rollout(step, accuracy):
+    return StoredRollout(
+        step=step,
+        group=0,
+        index=3,
+        task_id="sum-1",
+        source="sums",
+        prompt="What is 1 < 2?",
+        text="<think>no</think><script>alert(2)</script>",
+        reference="yes",
+        prompt_tokens=(1,),
+        tokens=(2, 3),
+        logprobs=(-1.0, -1.0),
+        policy_versions=(5, 6),
+        finish_reason="stop",
+        reward=accuracy + 0.1,
+        accuracy=accuracy,
+        parts={"correctness": accuracy, "format": 0.1},
+        is_failed=False,
+        is_kept=True,
+    )
+
+
+def _write(tmp_path, *, draws=True, **changes):
     path = tmp_path / "run" / "report.html"
     given = {**_everything(), **changes}
+    if not draws:
+        given.pop("metrics")
+        write_report(path, figures={}, **given)
+        return path.read_text()
     metrics, scores = given.pop("metrics"), given["summary"]["scores"]
     write_report(path, figures=render_figures(metrics, scores, given["probabilities"]), **given)
     return path.read_text()
@@ -116,6 +151,43 @@ def test_report_shows_every_figure_without_outside_references(tmp_path):
     assert not page.open
     assert "missing" not in text.split("</style>")[1]
     assert len(text) < 1_000_000
+
+
+def test_report_browses_rollouts_and_runs_nothing_they_wrote(tmp_path):
+    text = _write(tmp_path, draws=False)
+    assert "step 1, sum-1, number 3: right, reward 1.1, 2 tokens, stop" in text
+    assert "step 20, sum-1, number 3: wrong" in text
+    assert "&lt;think&gt;no&lt;/think&gt;&lt;script&gt;" in text
+    assert "<script" not in text
+    assert "kept no rollouts" in _write(tmp_path, draws=False, rollouts=[])
+
+
+def test_the_sample_has_right_and_wrong_ones_of_first_middle_and_last_step(tmp_path):
+    def group(name, *accuracies):
+        task = Task(name, "s", "p", "r", "v")
+        completion = Completion((1,), (2,), (0.0,), (0.0,), "stop", (0,))
+        rollouts = [Rollout(task, completion, Reward(a, a, {}, a < 0)) for a in accuracies]
+        return RolloutGroup(task, tuple(rollouts))
+
+    for step in (1, 2, 3, 4, 9):
+        groups = [group(f"t{i}", 0.0, -1.0, 1.0, 1.0) for i in range(5)]
+        write_step(tmp_path, step, groups, decode=lambda _: "")
+    found = sample_rollouts(tmp_path)
+    assert [(r.step, r.task_id, r.index) for r in found[:3]] == [
+        (1, "t0", 2),
+        (1, "t0", 0),
+        (1, "t1", 2),
+    ]
+    assert {r.step for r in found} == {1, 3, 9}
+    assert len(found) == 3 * 3 * 2
+    assert sample_rollouts(tmp_path / "absent") == []
+
+
+def test_length_stages_are_drawn_one_after_the_other():
+    rows = [{"step": i, "metrics": {"rl/reward": i}} for i in (1, 2)]
+    joined = joined_stages({"rl_1024": rows, "rl_512": rows[:1], "sft": rows})
+    assert [row["step"] for row in joined["rl"]] == [1, 2, 3]
+    assert joined["sft"] == rows
 
 
 def test_ids_are_unique_and_local_references_resolve(tmp_path):

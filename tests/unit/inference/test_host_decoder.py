@@ -1,5 +1,7 @@
 """Decoding in the compiled function against the same step in PyTorch."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -60,6 +62,19 @@ def decoders(request, make_model):
     return runner, *caches, HostDecoder(runner, caches[1])
 
 
+def tables_of(cache):
+    return cache.states, cache.keys, cache.values
+
+
+@pytest.fixture(autouse=True)
+def same_caches(request):
+    """Tests of one module share the caches, and not all of them step both."""
+    if "decoders" in request.fixturenames:
+        _, expected, cache, _ = request.getfixturevalue("decoders")
+        for table, source in zip(tables_of(expected), tables_of(cache), strict=True):
+            table.copy_(source)
+
+
 def step_of(count, *, seed):
     generator = torch.Generator().manual_seed(seed)
     positions = torch.randint(30, (count,), generator=generator)
@@ -100,15 +115,14 @@ def test_logits_states_and_keys_are_those_of_the_step_in_pytorch(decoders):
         logits = runner(step, expected)
         # Measured: 3e-6 of logits up to 6, and of states.
         torch.testing.assert_close(decoder(step), logits, atol=3e-5, rtol=1e-5)
-        for name in ("states", "keys", "values"):
-            made, wanted = getattr(cache, name), getattr(expected, name)
+        for made, wanted in zip(tables_of(cache), tables_of(expected), strict=True):
             torch.testing.assert_close(made, wanted, atol=3e-5, rtol=1e-5)
 
 
 def test_bits_depend_neither_on_other_rows_nor_on_threads(decoders):
     *_, cache, decoder = decoders
     step = step_of(NUM_ROWS, seed=4)
-    tables = (cache.states, cache.keys, cache.values)
+    tables = tables_of(cache)
     before = [table.clone() for table in tables]
 
     def run(rows, threads=1):
@@ -125,6 +139,20 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(decoders):
     assert torch.equal(threaded, logits) and torch.equal(threaded_states, states)
     for rows in (slice(0, 1), slice(69, 70), slice(11, 24)):
         assert torch.equal(run(rows)[0], logits[rows])
+
+
+def test_a_forked_process_decodes_with_threads_of_its_own(decoders):
+    *_, decoder = decoders
+    step = step_of(NUM_ROWS, seed=6)
+    torch.set_num_threads(2)
+    try:
+        decoder(step)
+        child = multiprocessing.get_context("fork").Process(target=decoder, args=(step,))
+        child.start()
+        child.join(timeout=60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_prompts_beside_rows_get_the_logits_that_they_get_alone(decoders):

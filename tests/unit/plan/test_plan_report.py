@@ -1,14 +1,19 @@
 """Workloads of the stages, warnings, and the shape of the JSON."""
 
 import inspect
+import math
+from pathlib import Path
 
 import pytest
 
+from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.inference.engine import LocalEngine
 from m1.plan.report import Options, make_plan, plan_json
 from m1.plan.workload import MAX_SEQUENCES, workload_of
 from m1.types import M1Error
+
+RECIPES = Path(__file__).parents[3] / "pipelines/recipes"
 
 
 def with_layout(recipe: Recipe, stage: str, **changes: object) -> Recipe:
@@ -26,13 +31,20 @@ def test_pretraining_trains_each_token_of_the_batch_once(m1_456b) -> None:
 
 
 def test_rl_samples_scores_and_trains_every_completion_once(m1_456b) -> None:
-    workload = workload_of(m1_456b, "rl")
+    workload = workload_of(m1_456b, "rl_40960")
     tokens = 512 * 16 * 40_960
     work = workload.work
     assert (work.sampled, work.scored, work.trained) == (tokens, tokens, tokens)
-    assert workload.batch.num_micro_batches == tokens // 16 // 2 // 65_536
-    flops = make_plan(m1_456b, Options(stage="rl")).flops
-    assert make_plan(m1_456b, Options(stage="rl")).cost.flops_per_step == 5 * tokens * flops.forward
+    assert workload.batch.num_micro_batches == math.ceil(tokens / 16 / 2 / 98_304)
+    plan = make_plan(m1_456b, Options(stage="rl_40960"))
+    assert plan.cost.flops_per_step == 5 * tokens * plan.flops.forward
+
+
+def test_rl_of_several_lengths_is_planned_at_the_longest(m1_456b) -> None:
+    workload = workload_of(m1_456b, "rl")
+    assert workload == workload_of(m1_456b, "rl_81920")
+    assert workload.sequence_length == 81_920
+    assert workload.num_steps == 300
 
 
 def test_rl_decodes_as_many_sequences_as_the_engine_holds(m1_456b, laptop) -> None:
@@ -107,3 +119,16 @@ def test_json_has_its_documented_keys(m1_456b) -> None:
     }
     assert found["flops"]["training_per_token"] == 3 * found["flops"]["forward_per_token"]
     assert [row["length"] for row in found["inference"]["full"]["rows"]][3] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("one_gpu", (2.5e8, 3.5e8)), ("one_gpu_small", (2e7, 4e7))]
+)
+def test_recipes_for_one_gpu_fit_one_gpu(name, parameters) -> None:
+    recipe = load_recipe([RECIPES / f"{name}.toml"])
+    for stage in ("pretrain", "sft", "rl"):
+        plan = make_plan(recipe, Options(stage=stage, gpu="h100"))
+        assert plan.cost.num_gpus == 1
+        assert not plan.warnings
+        assert plan.worst.peak < 60 * 2**30  # room for the process that samples
+        assert parameters[0] < plan.parameters.total < parameters[1]

@@ -10,7 +10,8 @@ import pytest
 from adversarial_programs import FUNCTIONS, PROGRAMS
 
 from m1.rewards.code.verifier import verify
-from m1.sandbox import bubblewrap, cgroup
+from m1.rewards.service.pool import RewardService, ServiceConfig
+from m1.sandbox import bubblewrap, cgroup, owner
 from m1.types import Task
 
 pytestmark = pytest.mark.skipif(
@@ -31,19 +32,36 @@ def judge(suite, source):
     return verify(task, f"```python\n{source}\n```")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_folder():
+    """A folder for temporary files that other test runs of this machine do not write into.
+
+    Not pytest's, which only its owner may enter: bubblewrap binds from it as another user.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        yield
+
+
 def left_behind():
-    """What sandboxes could leave: groups, folders, processes of their user, open descriptors."""
+    """What this process's sandboxes could leave: groups, folders, processes, open descriptors."""
+    mine = f"m1-sandbox-{owner.tag()}-"
     groups = {
-        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob("m1-sandbox*")
+        p.name for c in ("memory", "pids") for p in Path("/sys/fs/cgroup", c).glob(f"{mine}*")
     }
-    folders = set(Path(tempfile.gettempdir()).glob("m1-sandbox-*"))
-    processes = {
-        p.pid
-        for p in psutil.process_iter(["uids"])
-        if p.info["uids"].real == bubblewrap.UNPRIVILEGED_ID
-    }
+    folders = set(Path(tempfile.gettempdir()).glob(f"{mine}*"))
+    processes = {p.pid for p in psutil.process_iter() if mine in _groups_of(p.pid)}
     own = {child.pid for child in psutil.Process().children(recursive=True)}
     return groups, folders, processes | own, len(os.listdir("/proc/self/fd"))
+
+
+def _groups_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
 
 
 def extra(before):
@@ -73,6 +91,21 @@ def test_no_adversarial_program_gets_a_reward(verdicts):
 
 def test_nothing_is_left_behind(verdicts):
     before, _ = verdicts
+    deadline = time.monotonic() + 5
+    while any(extra(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(extra(before))
+
+
+def test_nothing_is_left_behind_by_the_workers_of_a_service():
+    before = left_behind()
+    names = ["fork bomb", "memory bomb", "sleep", "kills everything", "right answer then crash"]
+    honest = "a, b = map(int, input().split())\nprint(a + b)"
+    task = Task("add", "tests", "Add two numbers.", json.dumps(STDIN), "code")
+    with RewardService(ServiceConfig(num_workers=2)) as service:
+        jobs = [(task, PROGRAMS[name]) for name in names] + [(task, honest)]
+        found = [j.verdict.accuracy for j in service.judge_all(jobs)]
+    assert found == [0, 0, 0, 0, 0, 1]
     deadline = time.monotonic() + 5
     while any(extra(before)) and time.monotonic() < deadline:
         time.sleep(0.1)

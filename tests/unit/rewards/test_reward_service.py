@@ -1,5 +1,8 @@
+import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
 from random import Random
 
@@ -19,6 +22,9 @@ VERDICTS = {"right": (1, "compared"), "wrong": (0, "compared"), "hang": (0, "tim
 FAILURES = {"sleep": "worker_stalled", "sleep deaf": "worker_stalled", "crash": "worker_crashed",
             "segfault": "worker_crashed", "exit": "worker_crashed",
             "raise": "verifier_error: ValueError: the verifier is broken"}  # fmt: skip
+
+
+STARVED = ("worker_stalled", "worker_starved")
 
 
 def task(kind="mine", **metadata):
@@ -44,8 +50,11 @@ def children():
 
 
 @pytest.mark.parametrize("completion", VERDICTS)
-def test_an_answer_gets_its_verdict_even_when_it_exhausts_the_verifier(service, completion):
-    judgement = service.judge(task(), completion)
+def test_an_answer_gets_its_verdict_even_when_it_exhausts_the_verifier(own_verifiers, completion):
+    # Filling the memory takes time too, on busy cores more than 0.4 s.
+    config = ServiceConfig(num_workers=1, timeout_scale=1 if completion == "hang" else 50)
+    with RewardService(config) as service:
+        judgement = service.judge(task(), completion)
     assert judgement.infra_error is None
     assert (judgement.verdict.accuracy, judgement.verdict.reason) == VERDICTS[completion]
 
@@ -154,6 +163,42 @@ def test_a_troubled_kind_keeps_half_of_the_workers_while_others_wait():
     assert queue.take()[0] == "good"
 
 
+@contextlib.contextmanager
+def crowded(num_spinners):
+    """A service whose worker shares one processor with busy processes, each of its own session."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    config = ServiceConfig(num_workers=1, num_retries=0, cache_entries=0, timeout_scale=3)
+    spin = [sys.executable, "-ISc", "while True: pass"]
+    spinners = []
+    try:
+        with RewardService(config) as running:
+            running.judge(task(), "right")
+            spinners = [subprocess.Popen(spin, start_new_session=True) for _ in range(num_spinners)]
+            yield running
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
+        os.sched_setaffinity(0, allowed)
+
+
+def test_busy_neighbours_do_not_lengthen_a_verdict(own_verifiers):
+    budget = 3 * OWN["mine"]["timeout_seconds"]
+    with crowded(3) as service:
+        judgement = service.judge(task(), "hang")
+        idle = service.judge(task(), "sleep")
+    assert judgement.verdict is not None or judgement.infra_error == "worker_starved"
+    assert budget <= judgement.seconds < budget + 3
+    assert idle.infra_error == "worker_stalled"
+
+
+def test_a_worker_without_a_processor_gives_no_verdict(own_verifiers):
+    with crowded(25) as service:
+        judgement = service.judge(task(), "hang")
+    assert judgement.infra_error == "worker_starved"
+
+
 def mixed(num_jobs):
     """5% of jobs that hang, crash or exhaust memory, and the judgement each must get."""
     rng = Random(7)
@@ -169,7 +214,9 @@ def check_mixed(num_jobs):
         for (_, text), judgement in zip(
             mixed(num_jobs), service.judge_all(mixed(num_jobs)), strict=True
         ):
-            if judgement.infra_error == "worker_stalled":  # busy neighbours can starve any worker
+            if (
+                text not in FAILURES and judgement.infra_error in STARVED
+            ):  # busy neighbours can starve any worker
                 num_starved += text in VERDICTS
             elif text in VERDICTS:
                 assert judgement.verdict is not None, (text, judgement)

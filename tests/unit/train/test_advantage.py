@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from m1.train.advantage import group_advantages, is_informative
+from m1.train.advantage import batch_advantages, group_advantages
 
 reward_lists = st.lists(st.floats(-10, 10), min_size=2, max_size=12)
 
@@ -56,16 +56,23 @@ def test_scale_and_shift_of_the_reward_do_not_matter(rewards, scale, shift):
     assert changed == pytest.approx(group_advantages(rewards), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "failed", "expected"),
-    [
-        ([0.0, 1.0], (), True),
-        ([0.0, 0.0], (), False),
-        ([1.0, 1.0], (), False),
-        ([1.0, 0.0, 1.0], (False, True, False), False),
-        ([1.0, 0.0], (False, True), False),
-        ([], (), False),
-    ],
-)
-def test_a_group_is_informative_between_all_wrong_and_all_right(accuracies, failed, expected):
-    assert is_informative(accuracies, failed) is expected
+GROUPS = [([1.0, 0.0, 0.0], [False] * 3), ([3.0, 0.0, 9.0], [False, False, True])]
+
+
+def test_batch_std_divides_by_the_spread_of_all_that_did_not_fail():
+    # R - mean R: 2/3, -1/3, -1/3; 1.5, -1.5.
+    std = np.std([2 / 3, -1 / 3, -1 / 3, 1.5, -1.5])
+    first, second = batch_advantages(GROUPS, scale="batch_std")
+    assert first == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std])
+    assert second == pytest.approx([1.5 / std, -1.5 / std, 0.0])
+
+
+def test_without_a_scale_advantages_are_differences_from_the_mean():
+    assert batch_advantages(GROUPS, scale="none")[1] == pytest.approx([1.5, -1.5, 0.0])
+
+
+def test_the_papers_scale_is_each_groups_own():
+    expected = [group_advantages(*g) for g in GROUPS]
+    assert batch_advantages(GROUPS, scale="group_std") == expected
+    zeros = [([1.0, 1.0], [False] * 2)]
+    assert batch_advantages(zeros, scale="batch_std") == [[0.0, 0.0]]

@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -7,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1.data.packing import PackedRows, write_masks, write_rows
-from m1.train.batches import TrainSample, pack_samples, row_batches, row_order, rows_of_step
+from m1.train.batches import (
+    TrainSample,
+    pack_samples,
+    plan_micro_batches,
+    row_batches,
+    row_order,
+    rows_of_step,
+)
 
 
 @given(st.integers(1, 20), st.integers(1, 25), st.integers(0, 5))
@@ -88,33 +93,63 @@ def train_samples(lengths):
     ]
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=15), st.integers(1, 40))
-def test_samples_fill_micro_batches_up_to_the_bound_and_in_order(lengths, bound):
+sizes = st.lists(st.integers(1, 20), min_size=1, max_size=15)
+
+
+@given(sizes, st.integers(1, 40))
+def test_one_replica_fills_micro_batches_in_order_up_to_the_bound(lengths, bound):
+    plan = plan_micro_batches(lengths, max_tokens=bound)
+    assert [i for group in plan for i in group] == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in group) for group in plan]
+    assert all(t <= bound or len(g) == 1 for t, g in zip(totals, plan, strict=True))
+    for total, following in zip(totals, plan[1:], strict=False):
+        assert total + lengths[following[0]] > bound  # nothing more would have fitted
+
+
+@given(sizes, st.integers(1, 40), st.integers(2, 4))
+def test_several_replicas_get_as_many_micro_batches_each_of_much_the_same_size(
+    lengths, bound, replicas
+):
+    plan = plan_micro_batches(lengths, max_tokens=bound, num_replicas=replicas)
+    assert sorted(i for group in plan for i in group) == list(range(len(lengths)))
+    assert len(plan) % replicas == 0 or len(plan) == len(lengths)
+    totals = [sum(lengths[i] for i in group) for group in plan]
+    assert all(t <= bound or len(g) == 1 for t, g in zip(totals, plan, strict=True))
+    # The largest first, to the emptiest: no two differ by more than a sample.
+    assert max(totals) - min(totals) <= max(lengths)
+
+
+def test_tokens_are_spread_evenly_by_hand():
+    plan = plan_micro_batches([9, 1, 5, 4, 3, 2], max_tokens=100, num_replicas=2)
+    assert plan == [[0, 4], [1, 2, 3, 5]]
+
+
+@given(sizes, st.integers(1, 40), st.integers(1, 3))
+def test_micro_batches_hold_their_samples_and_what_belongs_to_them(lengths, bound, replicas):
     samples = train_samples(lengths)
-    old = [sample.tokens / 7 for sample in samples]
+    plan = plan_micro_batches(lengths, max_tokens=bound, num_replicas=replicas)
     weights = [sample.tokens / 11 for sample in samples]
-    batches = pack_samples(samples, weights, max_tokens=bound, old_logprobs=old)
+    old = [sample.tokens / 7 for sample in samples]
+    batches = pack_samples(samples, weights, plan=plan, extras={"old_logprobs": old})
+    for batch, group in zip(batches, plan, strict=True):
+        assert batch.lengths.tolist() == [lengths[i] for i in group]
+        tokens = torch.cat([samples[i].tokens for i in group])
+        assert torch.equal(batch.tokens, tokens)
+        assert torch.equal(batch.targets, tokens + 1)
+        assert torch.equal(batch.weights, tokens / 11)
+        assert torch.equal(batch.extras["old_logprobs"], tokens / 7)
+        assert torch.equal(
+            batch.extras["loss_mask"], torch.cat([samples[i].loss_mask for i in group])
+        )
+        numbers = torch.tensor([float(i) for i in group])
+        assert torch.equal(batch.extras["advantages"], numbers.repeat_interleave(batch.lengths))
+        index = torch.arange(len(group)).repeat_interleave(batch.lengths)
+        assert torch.equal(batch.extras["sequence"], index)
 
-    for batch in batches:
-        assert batch.tokens.numel() <= bound or batch.lengths.numel() == 1
-        assert int(batch.lengths.sum()) == batch.tokens.numel()
-    for batch, following in pairwise(batches):
-        # Nothing more would have fitted.
-        assert batch.tokens.numel() + int(following.lengths[0]) > bound
 
-    def joined(name):
-        return torch.cat([getattr(batch, name) for batch in batches])
-
-    def joined_extra(name):
-        return torch.cat([batch.extras[name] for batch in batches])
-
-    tokens = joined("tokens")
-    assert tokens.tolist() == list(range(sum(lengths)))
-    assert torch.equal(joined("targets"), tokens + 1)
-    assert torch.equal(joined("weights"), tokens / 11)
-    assert torch.equal(joined_extra("old_logprobs"), tokens / 7)
-    assert joined_extra("advantages").tolist() == [
-        float(number) for number, length in enumerate(lengths) for _ in range(length)
-    ]
-    mask = torch.cat([sample.loss_mask for sample in samples])
-    assert torch.equal(joined_extra("loss_mask"), mask)
+def test_a_batch_without_loss_counts_nowhere():
+    samples = train_samples([3])
+    (batch,) = pack_samples(samples, [torch.ones(3)], plan=[[0]])
+    emptied = batch.without_loss()
+    assert torch.equal(emptied.tokens, batch.tokens)
+    assert not emptied.weights.any() and not emptied.extras["loss_mask"].any()

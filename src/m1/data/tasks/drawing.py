@@ -109,13 +109,15 @@ def _reasoning_gym(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_
 
 
 def _own(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_Candidate]:
-    """Our own logic tasks, `logic:<task>` with the parameter `difficulty` from 1 to 10."""
+    """Our own logic tasks, `logic:<task>` with the parameter `difficulty`, 1 to 10 or several."""
     judge = logic_task(config.dataset.removeprefix(LOGIC_PREFIX))
-    difficulty = config.parameters.get("difficulty", 1)
-    if set(config.parameters) - {"difficulty"} or not isinstance(difficulty, int):
+    given = config.parameters.get("difficulty", 1)
+    levels = given if isinstance(given, list | tuple) else [given]
+    are_whole = bool(levels) and all(type(level) is int for level in levels)
+    if set(config.parameters) - {"difficulty"} or not are_whole:
         raise M1Error(
-            f"data.tasks {config.name!r}: {config.dataset} takes one parameter, an integer "
-            f"difficulty, but got {config.parameters}; correct data.tasks.parameters"
+            f"data.tasks {config.name!r}: {config.dataset} takes one parameter, a difficulty as an "
+            f"integer or a list of them, but got {config.parameters}; correct data.tasks.parameters"
         )
 
     def make(task: Task, task_id: str) -> tuple[Task, str | None]:
@@ -125,7 +127,7 @@ def _own(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_Candidate]
 
     start = _own_seed(config, seed)
     for number in range(size):
-        task = judge.generate(start + number, difficulty)
+        task = judge.generate(start + number, levels[number % len(levels)])
         yield _Candidate(task.prompt, partial(make, task))
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-from m1.data.logic.catalogue import LOGIC_TASKS
+from m1.data.tasks.synlogic import OtherRules, mapped
 from m1.types import Task
 
 Row = dict[str, Any]
@@ -68,24 +68,21 @@ def dapo(row: Row) -> Task:
 
 
 def synlogic(row: Row) -> Task:
-    """SynLogic rows whose puzzle is one of ours, in our task layout below `extra_info`.
-
-    SynLogic's own rows carry game data for its own verifiers; without ours they are unusable.
-    """
+    """SynLogic: `data_source`, and the puzzle as JSON in `extra_info.game_data_str`."""
     extra = row.get("extra_info") or {}
-    game = extra.get("game_data_str") or row.get("game_data_str")
-    data = json.loads(game) if isinstance(game, str) else (game or {})
-    name = str(row.get("data_source", "")).rpartition("/")[2] or data.get("name", "")
-    if name not in LOGIC_TASKS:
-        raise UnusableRow("unknown_puzzle")
-    metadata = data.get("metadata") or {}
-    if "m1" not in metadata:
-        raise UnusableRow("other_verifier_data")
-    prompt = data.get("question") or _content(row)
-    return _task(
-        "synlogic", "logic", _text({"question": prompt}, "question"), str(data.get("answer", "")),
-        f"logic:{name}", metadata["m1"],
-    )  # fmt: skip
+    game = _json(extra.get("game_data_str") or row.get("game_data_str"))
+    name = str(row.get("data_source", "")).rpartition("/")[2]
+    if not isinstance(game, dict):
+        raise UnusableRow("no_game_data")
+    question = _text({"question": game.get("question") or _content(row)}, "question")
+    try:
+        ours, metadata = mapped(name, question, game.get("metadata") or {})
+    except OtherRules as error:
+        raise UnusableRow(str(error)) from error
+    answer = str(game.get("answer") or "")
+    task = _task("synlogic", "logic", question, answer, f"synlogic:{ours}", metadata)
+    level = game.get("difficulty")
+    return _with_difficulty(task, float(level) if isinstance(level, int | float) else None)
 
 
 def livecodebench(row: Row) -> Task:

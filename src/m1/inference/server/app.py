@@ -172,6 +172,7 @@ class Handlers:
                     "entropies": [x.entropy for x in choice.outputs],
                     "policy_versions": [x.policy_version for x in choice.outputs],
                     "finish_reason": choice.outputs[-1].finish_reason,
+                    "routed_experts": choice.outputs[-1].routed_experts,
                 }
                 for choice in choices
             ]

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from m1.rewards.code.suite import Suite
-from m1.sandbox.base import Limits, Sandbox
+from m1.sandbox.base import Limits, SealedSandbox
 
 _CHECKER = """
 import json, sys
@@ -50,7 +50,9 @@ def same_value(expected: Any, actual: Any, tolerance: float) -> bool:
     return type(expected) is type(actual) and bool(expected == actual)
 
 
-def checked(sandbox: Sandbox, checker: str, *, given: Any, expected: Any, actual: Any) -> bool:
+def checked(
+    sandbox: SealedSandbox, checker: str, *, given: Any, expected: Any, actual: Any
+) -> bool:
     """Ask a checker program about an output, in a sandbox that no judged program was in.
 
     Raises:

@@ -16,8 +16,8 @@ from m1.rewards.code.comparing import same_output
 from m1.rewards.code.mutants import mutants
 from m1.rewards.code.programs import Program, install, run_on
 from m1.rewards.code.suite import Example, Suite
-from m1.sandbox.base import ExecResult, Sandbox
-from m1.sandbox.opening import open_sandbox
+from m1.sandbox.base import ExecResult, SealedSandbox
+from m1.sandbox.opening import open_sealed
 from m1.types import M1Error, Task
 
 _BLOCK = re.compile(r"```python\s+#\s*(generator|validator|brute)\.py\s*\n(.*?)```", re.DOTALL)
@@ -114,7 +114,7 @@ def mutation_score(suite: Suite, source: str, max_count: int) -> tuple[list[set[
     faulty = mutants(source, max_count=max_count)
     found: list[set[int]] = [set() for _ in suite.tests]
     for number, text in enumerate(faulty):
-        with open_sandbox() as sandbox:
+        with open_sealed() as sandbox:
             program = Program(text, "python")
             install(sandbox, program)
             for index, test in enumerate(suite.tests):
@@ -131,7 +131,7 @@ def _examples(
     sizes = ["small"] * config.num_small
     sizes += [("medium", "large")[i % 2] for i in range(config.num_large)]
     names = {**{name: programs[name] for name in _PARTS}, "reference": reference}
-    boxes = {name: open_sandbox() for name in names}
+    boxes = {name: open_sealed() for name in names}
     try:
         for name, text in names.items():
             install(boxes[name], Program(text, "python"))
@@ -142,7 +142,7 @@ def _examples(
 
 
 def _collect(
-    boxes: dict[str, Sandbox], sizes: Sequence[str], base: Suite, config: GenerationConfig
+    boxes: dict[str, SealedSandbox], sizes: Sequence[str], base: Suite, config: GenerationConfig
 ) -> tuple[list[Example], str]:
     def run(name: str, given: str) -> ExecResult:
         return run_on(boxes[name], Program("", "python"), base, given)

@@ -8,7 +8,7 @@ from typing import Any
 
 from m1.rewards.answers import final_text
 from m1.rewards.code.suite import Language, Suite
-from m1.sandbox.base import ExecResult, Limits, Sandbox
+from m1.sandbox.base import ExecResult, Limits, SealedSandbox
 
 MAX_SOURCE_BYTES = 256 << 10
 _FENCE = re.compile(r"```[ \t]*([A-Za-z0-9+#]*)[^\n]*\n(.*?)```", re.DOTALL)
@@ -69,7 +69,7 @@ def has_compiler() -> bool:
     return shutil.which("g++", path="/usr/bin") is not None
 
 
-def install(sandbox: Sandbox, program: Program) -> str | None:
+def install(sandbox: SealedSandbox, program: Program) -> str | None:
     """Put a program into a sandbox, compiled; the compiler's complaint, or None.
 
     The compiler runs inside, without a writable folder: its result comes out as bytes.
@@ -87,7 +87,7 @@ def install(sandbox: Sandbox, program: Program) -> str | None:
     return None
 
 
-def run_on(sandbox: Sandbox, program: Program, suite: Suite, given: Any) -> ExecResult:
+def run_on(sandbox: SealedSandbox, program: Program, suite: Suite, given: Any) -> ExecResult:
     """Run an installed program on a test's input."""
     limits = limits_of(suite)
     if suite.kind == "function":

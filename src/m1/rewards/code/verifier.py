@@ -8,8 +8,8 @@ from typing import Any
 from m1.rewards.code.comparing import checked, same_output, same_value
 from m1.rewards.code.programs import Program, find_program, has_compiler, install, run_on
 from m1.rewards.code.suite import Suite, read_suite
-from m1.sandbox.base import ExecResult, Sandbox, SandboxError
-from m1.sandbox.opening import open_sandbox
+from m1.sandbox.base import ExecResult, SandboxError, SealedSandbox
+from m1.sandbox.opening import open_sealed
 from m1.types import Task, Verdict
 
 _MAX_SECONDS = 240.0
@@ -34,14 +34,14 @@ def verify(task: Task, completion: str) -> Verdict:
         return Verdict(0.0, "wrong_language", {"pass_rate": 0.0})
     if program.language == "cpp" and not has_compiler():
         raise SandboxError("there is no /usr/bin/g++ to compile C++; install g++")
-    with open_sandbox() as sandbox:
+    with open_sealed(purpose="program") as sandbox:
         complaint = install(sandbox, program)
         if complaint is not None:
             return Verdict(0.0, f"compile_error: {complaint[:200]}", {"pass_rate": 0.0})
         return _run_all(sandbox, program, suite)
 
 
-def run_tests(sandbox: Sandbox, program: Program, suite: Suite) -> list[str]:
+def run_tests(sandbox: SealedSandbox, program: Program, suite: Suite) -> list[str]:
     """Outcome of every test, `passed` or why not; stops early when many fail."""
     outcomes: list[str] = []
     deadline = time.monotonic() + _MAX_SECONDS
@@ -70,7 +70,7 @@ def output_of(suite: Suite, result: ExecResult) -> tuple[str | None, Any]:
         return "no_value", None
 
 
-def _run_all(sandbox: Sandbox, program: Program, suite: Suite) -> Verdict:
+def _run_all(sandbox: SealedSandbox, program: Program, suite: Suite) -> Verdict:
     outcomes = run_tests(sandbox, program, suite)
     num_passed = outcomes.count("passed")
     parts = {"pass_rate": num_passed / len(outcomes), "num_tests": float(len(outcomes))}
@@ -91,7 +91,7 @@ def _outcome(suite: Suite, given: Any, expected: Any, result: ExecResult) -> str
 def is_accepted(suite: Suite, given: Any, expected: Any, actual: Any) -> bool:
     """Whether an output passes by the suite's comparison."""
     if suite.checker is not None:
-        with open_sandbox() as other:
+        with open_sealed(purpose="checker") as other:
             return checked(other, suite.checker, given=given, expected=expected, actual=actual)
     if suite.kind == "function":
         return same_value(expected, actual, suite.tolerance)

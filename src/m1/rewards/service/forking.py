@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +16,11 @@ from m1.rewards.service import wire
 
 _ANSWER_SECONDS = 120.0
 """The nursery imports libraries while others wait."""
+
+_BUSY_SHARE = 0.5
+"""A worker that was ready to run for less of its time than this was not kept busy by the answer."""
+_LEAST_SHARE = 0.1
+"""A worker that ran for less of its time than this was kept from it by busy neighbours."""
 
 
 class NurseryLost(Exception):
@@ -37,6 +43,14 @@ class Worker:
             return 0.0
         return float(times.user + times.system)
 
+    def waited_seconds(self) -> float:
+        """Time its threads were ready to run while others had the processors; 0 where unknown."""
+        waited = 0
+        for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError, IndexError):
+                waited += int(path.read_text().split()[1])
+        return waited / 1e9
+
     def close(self) -> int | None:
         """Kill it with its group; its exit status, None when its nursery is gone too."""
         self.connection.close()
@@ -44,6 +58,26 @@ class Worker:
             return self.nursery.reap(self.pid)
         except NurseryLost:
             return None
+
+
+class Clock:
+    """What a worker did with its time: ran, was ready to but had no processor, or was idle."""
+
+    def __init__(self, worker: Worker, timeout: float) -> None:
+        self._worker, self._timeout = worker, timeout
+        self._cpu, self._waited = worker.cpu_seconds(), worker.waited_seconds()
+
+    def failure(self) -> str | None:
+        """Why a verdict is late by our fault; None when the answer is to blame.
+
+        A verdict's time is wall time, also on busy cores: a worker that was ready to run all along
+        is as busy as one that ran, as long as it ran enough to have answered anything reasonable.
+        """
+        used = self._worker.cpu_seconds() - self._cpu
+        ready = used + self._worker.waited_seconds() - self._waited
+        if ready < _BUSY_SHARE * self._timeout:
+            return "worker_stalled"
+        return "worker_starved" if used < _LEAST_SHARE * self._timeout else None
 
 
 class Nursery:

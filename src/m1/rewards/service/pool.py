@@ -15,20 +15,15 @@ from typing import Any, Self
 
 from m1.rewards.registry import kind_of, spec_of
 from m1.rewards.service import wire
-from m1.rewards.service.forking import Nursery, NurseryLost, Worker
+from m1.rewards.service.forking import Clock, Nursery, NurseryLost, Worker
 from m1.rewards.service.metrics import Metrics
 from m1.rewards.service.queues import FairQueue
 from m1.sandbox import cgroup
+from m1.sandbox.base import SandboxError
 from m1.types import Task, Verdict
 
 _LOADING_SECONDS = 120.0
 """How long a worker may take to import a verifier; not part of the verdict's time."""
-_BUSY_SHARE = 0.5
-"""A worker that used less of its time than this on a processor was not kept busy by the answer."""
-
-_IDLE_SHARE = 0.05
-"""A worker that used less than this was not even trying."""
-_LONGEST_STRETCH = 10
 _READING_SECONDS = 5.0
 
 
@@ -84,8 +79,8 @@ class RewardService:
     """Verdicts from worker processes; threads may share it, and it must be closed.
 
     A worker that outlives its verifier's time is killed. If it was busy, the answer is to blame
-    and gets the verdict 0 with the reason `timeout`; if it was idle, the failure is ours, and is
-    tried again. The same holds for memory (`memory`, 0) and a crash (ours).
+    and gets the verdict 0 with the reason `timeout`; if it was idle or had no processor, the
+    failure is ours, and is tried again. The same holds for memory (`memory`, 0) and a crash (ours).
     """
 
     def __init__(self, config: ServiceConfig | None = None) -> None:
@@ -201,22 +196,20 @@ class RewardService:
         if worker is None:
             return _Outcome(infra_error="no_worker", was_trouble=True)
         timeout = spec_of(job.task.verifier).timeout_seconds * self._config.timeout_scale
-        cpu_before: float | None = None
+        clock: Clock | None = None
         try:
             wire.send(worker.connection, {"task": asdict(job.task), "completion": job.completion})
             answer = wire.receive(worker.connection, _LOADING_SECONDS)
             if "started" in answer:
-                cpu_before = worker.cpu_seconds()
-                if not _has_answered(worker, cpu_before, timeout):
+                clock = Clock(worker, timeout)
+                if not wire.is_ready(worker.connection, timeout):
                     raise wire.TimedOut
                 answer = wire.receive(worker.connection, _READING_SECONDS)
         except wire.TimedOut:
             self._metrics.add(kind, timeouts=1)
-            is_loading = cpu_before is None
-            used = 0.0 if cpu_before is None else worker.cpu_seconds() - cpu_before
-            if used >= _BUSY_SHARE * timeout:
+            error = "loading_timed_out" if clock is None else clock.failure()
+            if error is None:
                 return _Outcome(Verdict(0.0, "timeout"), was_trouble=True)
-            error = "loading_timed_out" if is_loading else "worker_stalled"
             return _Outcome(infra_error=error, was_trouble=True)
         except wire.PeerGone:
             self._metrics.add(kind, crashes=1)
@@ -271,6 +264,8 @@ class RewardService:
     def _discard(self, worker: Worker | None) -> None:
         if worker is not None:
             worker.close()
+            with contextlib.suppress(OSError, SandboxError):  # closing sweeps again, and tells
+                cgroup.sweep()
 
     def _open_nursery(self, kind: str) -> Nursery:
         """The live nursery, with this kind's libraries imported."""
@@ -282,22 +277,6 @@ class RewardService:
                 self._nursery.preload(kind)
                 self._preloaded.add(kind)
             return self._nursery
-
-
-def _has_answered(worker: Worker, cpu_before: float, timeout: float) -> bool:
-    """Wait for an answer; longer than `timeout` while busy neighbours keep a busy worker waiting.
-
-    It ends with the answer, or once the worker has been busy for its share of the time, has been
-    idle for as long, or has waited `_LONGEST_STRETCH` times.
-    """
-    used = 0.0
-    for _ in range(_LONGEST_STRETCH):
-        if wire.is_ready(worker.connection, timeout):
-            return True
-        before, used = used, worker.cpu_seconds() - cpu_before
-        if used >= _BUSY_SHARE * timeout or used - before < _IDLE_SHARE * timeout:
-            return False
-    return False
 
 
 def content_key(task: Task, completion: str) -> str:

@@ -1,0 +1,15 @@
+"""Build and validate environments for software engineering tasks."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Output
+
+
+@dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
+def sandbox(
+    recipe: str,
+    output: Output[Dataset],
+) -> None:
+    """Build and validate environments for software engineering tasks."""
+    from m1.launch import run_component
+
+    run_component("sandbox", recipe, inputs={}, output=output)

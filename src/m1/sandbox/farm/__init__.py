@@ -1,0 +1,1 @@
+"""Many sandboxes at once: bounded, leased, measured, cleaned up after."""

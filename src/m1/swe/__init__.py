@@ -1,0 +1,1 @@
+"""Software engineering tasks: real and made bugs, their environments, validation and grading."""

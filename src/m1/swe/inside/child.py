@@ -1,0 +1,199 @@
+"""pytest in a process of its own, beside code that nobody trusts, and what watches that code."""
+
+import json
+import os
+import sys
+import types
+
+from m1.swe.inside.trees import is_test
+
+_CHANGED_BY_PYTEST = frozenset({"_pytest.config.Config._getini_unknown_type"})  # its legacypath
+
+
+def run_pytest(job, descriptor, done):
+    """Run pytest on the job's files, without tests that have a result; never returns."""
+    paths = [os.path.abspath(p) for p in job["python_path"]]
+    sys.path[:] = [*sys.path, job["site"], *paths]
+    os.environ["PYTHONPATH"] = os.pathsep.join([job["site"], *paths])
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode = True
+    for name in [n for n in sys.modules if n == "m1" or n.startswith("m1.")]:
+        del sys.modules[name]  # ours: no test finds them by name
+    import builtins
+    import site
+    import unittest  # noqa: F401  loaded before the tree's code, so that `watch` knows it
+
+    import pytest
+
+    site.setquit()
+    if job["clock"] is not None:
+        import time_machine
+
+        time_machine.travel(job["clock"], tick=True).start()
+    write, dumps, leave = os.write, json.dumps, os._exit
+
+    def send(**record):
+        data = dumps(record).encode("utf-8", "backslashreplace") + b"\n"
+        while data:
+            data = data[write(descriptor, data) :]
+
+    setattr(builtins, job["function"], lambda secret: send(k="proof", secret=secret))
+    changes = watch(builtins)
+    sys.addaudithook(sentry(job, send))
+    arguments = [
+        *("-q", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "required_plugins="),
+        *("--continue-on-collection-errors", "--rootdir", os.getcwd()),
+        "--assert=" + job["assertions"],
+        *(part for plugin in job["plugins"] for part in ("-p", plugin)),
+        *job["files"],
+    ]
+    only = set(job["only"]) if job["only"] is not None else None
+    code = int(pytest.main(arguments, plugins=[reporter(pytest, send, changes, only, done)]))
+    changes.look()
+    send(k="end", rc=code, changed=sorted(changes.found))
+    leave(code)
+
+
+def reporter(pytest, send, changes, only, done):
+    """A plugin that tells the supervisor what pytest sees."""
+
+    class Reporter:
+        @pytest.hookimpl(trylast=True)
+        def pytest_collection_modifyitems(self, config, items):
+            dropped = [i for i in items if i.nodeid in done or (only and i.nodeid not in only)]
+            if dropped:
+                config.hook.pytest_deselected(items=dropped)
+                gone = set(map(id, dropped))
+                items[:] = [i for i in items if id(i) not in gone]
+
+        def pytest_collectreport(self, report):
+            if report.failed:
+                send(k="error", message=f"{report.nodeid}: {_text(report)}")
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtest_logstart(self, nodeid, location):
+            send(k="start", id=nodeid)
+
+        def pytest_runtest_logreport(self, report):
+            outcome = report.outcome
+            message = _text(report) if outcome != "passed" else ""
+            send(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
+
+        @pytest.hookimpl(trylast=True)
+        def pytest_runtest_logfinish(self, nodeid, location):
+            changes.look()
+            send(k="finish", id=nodeid)
+
+    return Reporter()
+
+
+def _text(report):
+    text = str(report.longrepr or "")
+    return text if len(text) <= 4000 else text[:1500] + "\n...\n" + text[-2500:]
+
+
+_PEEKING = frozenset(
+    {
+        "sys._getframe", "sys._current_frames", "gc.get_objects", "gc.get_referrers",
+        "gc.get_referents", "sys.settrace", "sys.setprofile", "code.__new__", "os.kill",
+        "os.killpg", "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn",
+        "os.system",
+        "subprocess.Popen", "pty.spawn", "ctypes.dlopen", "ctypes.dlsym", "ctypes.cdata",
+    }
+)  # fmt: skip
+"""What a process does that reads or forges its own report, by the interpreter's audit events."""
+
+
+_DIRECT = frozenset({"sys._getframe", "object.__getattr__", "code.__new__"})
+"""Those of them that count only when the tree's code does them itself: libraries do them too."""
+
+
+def sentry(job, send):
+    """An audit hook, which nothing can remove: tells when code under test looks at the tests.
+
+    The secrets of `proofs` lie in test files and in their functions' constants, and the way to the
+    supervisor in frames above. Whoever goes there is named by event and file. What the gold
+    solution does itself is allowed (`Environment.allowed_changes`).
+    """
+    tests = frozenset(os.path.abspath(p) for p in job["write"] if is_test(p) and p.endswith(".py"))
+    own = frozenset({__file__})
+    trusted = (os.path.dirname(os.__file__) + os.sep, job["site"] + os.sep, "<frozen ")
+    tree = job["tree"] + os.sep
+    frame_of, real, join, getcwd = sys._getframe, os.path.realpath, os.path.join, os.getcwd
+    text, decode = str, os.fsdecode
+    busy = [False]
+
+    def path_of(thing):
+        if isinstance(thing, (bytes, text)):
+            return real(join(getcwd(), decode(thing)))
+        return ""
+
+    def culprit(frame):
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if name in tests or name in own:
+                return None
+            if not name.startswith(trusted):
+                return name[len(tree) :] if name.startswith(tree) else name
+            frame = frame.f_back
+        return "a thread"
+
+    def hook(event, arguments):
+        if busy[0]:
+            return
+        is_reading = event == "open" or event == "compile"
+        is_code = event == "object.__getattr__" and arguments[1] == "__code__"
+        if not (is_reading or is_code or event in _PEEKING):
+            return
+        busy[0] = True
+        try:
+            if is_reading and path_of(arguments[event == "compile"]) not in tests:
+                return
+            caller = frame_of(1)
+            name = caller.f_code.co_filename
+            if event in _DIRECT and name.startswith(trusted) and not name.endswith("/inspect.py"):
+                return  # namedtuple, logging and their like
+            who = culprit(caller)
+            if who is not None:
+                send(k="seen", what=f"{event} by {who}")
+        finally:
+            busy[0] = False
+
+    return hook
+
+
+def _code(thing):
+    """The code of a function or method; None for anything else."""
+    inner = thing.__func__ if isinstance(thing, (staticmethod, classmethod)) else thing
+    return inner.__code__ if isinstance(inner, types.FunctionType) else None
+
+
+class watch:
+    """Whether functions of pytest, unittest and builtins are still what they were at first."""
+
+    def __init__(self, builtins):
+        self.found = set()
+        self.kept = []
+        for name, thing in vars(builtins).items():
+            self.kept.append(("builtins." + name, builtins, name, thing, _code(thing)))
+        tops = ("pytest", "_pytest", "pluggy", "unittest")
+        for label, module in sorted(sys.modules.items()):
+            if label.split(".")[0] in tops and module is not None:
+                self._keep(label, module, label)
+
+    def _keep(self, label, owner, module):
+        for name, thing in list(vars(owner).items()):
+            code = _code(thing)
+            if code is not None or isinstance(thing, property):
+                self.kept.append((label + "." + name, owner, name, thing, code))
+            elif isinstance(thing, type) and thing.__module__ == module and owner is not thing:
+                self.kept.append((label + "." + name, owner, name, thing, _code(thing)))
+                if not isinstance(owner, type):
+                    self._keep(label + "." + name, thing, module)
+
+    def look(self):
+        """Compare once more."""
+        for label, owner, name, thing, code in self.kept:
+            now = vars(owner).get(name)
+            if (now is not thing or _code(now) is not code) and label not in _CHANGED_BY_PYTEST:
+                self.found.add(label)

@@ -1,0 +1,160 @@
+"""Episodes on our own small project: with scripted models, and with a real one of a few layers."""
+
+import pytest
+
+from m1.config.schema import SamplingConfig
+from m1.inference.engine import LocalEngine
+from m1.rollout.agent import AgentConfig, run_episodes
+from m1.rollout.agentless import AgentlessConfig, repair
+from m1.rollout.dialogue import ChatPolicy, EnginePolicy
+from m1.sandbox import bubblewrap
+from m1.sandbox.base import SandboxError
+from m1.sandbox.local import BubblewrapBackend
+from m1.swe import sample
+from m1.swe.builder import build_releases
+from m1.swe.grade import grade
+from m1.swe.store import EnvironmentStore
+
+pytestmark = pytest.mark.skipif(
+    bubblewrap.failure() is not None, reason=f"no sandbox here: {bubblewrap.failure()}"
+)
+FIX_RANGE = """```edit ranges.py
+<<<<<<< SEARCH
+            numbers.update(range(int(first), int(last)))
+=======
+            numbers.update(range(int(first), int(last) + 1))
+>>>>>>> REPLACE
+```"""
+TRAJECTORY = (
+    "I look.\n```bash\ncat ranges.py; git log --oneline | wc -l; ls tests\n```",
+    f"The end is left out.\n{FIX_RANGE}",
+    "I forget the block.",
+    "```bash\nsed -i 's/start = index - 1/start = index/' ranges.py && python3 -m pytest -q\n```",
+    "```bash\nsubmit\n```",
+)
+
+
+class Scripted:
+    """A chat model that replays a trajectory."""
+
+    def __init__(self, replies):
+        self.replies = replies
+
+    def complete(self, messages):
+        return self.replies[sum(m.role == "assistant" for m in messages)]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return BubblewrapBackend()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return EnvironmentStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def instance(store, backend):
+    return build_releases(sample.release("0.1.0"), sample.release("0.1.1"), store, backend).instance
+
+
+def test_a_known_good_trajectory_solves_the_instance(instance, store, backend):
+    first, second = run_episodes(ChatPolicy(Scripted(TRAJECTORY)), [instance] * 2, store, backend)
+    assert first.stop_reason == "submitted" and first.patch == second.patch
+    observations = [turn.observation for turn in first.turns]
+    assert "def parse" in observations[0] and "\n1\n" in observations[0]  # one commit
+    assert "0 blocks" in observations[2] and "6 passed" in observations[3]
+    assert grade(instance, first.patch, store, backend).resolved
+
+
+def test_a_real_model_runs_to_its_budget(
+    instance, store, backend, make_model, tiny_config, tiny_tokenizer
+):
+    short = instance.model_copy(update={"problem_statement": "x"})
+    engine = LocalEngine(
+        make_model(tiny_config, vocab_size=tiny_tokenizer.vocab_size),
+        stop_token=tiny_tokenizer.end,
+        num_tokens=tiny_tokenizer.vocab_size,
+    )
+    policy = EnginePolicy(engine, tiny_tokenizer, SamplingConfig(max_new_tokens=4), seed=1)
+    begin = policy.begin
+    policy.begin = lambda prompt, key: begin("one and two", key=key)  # its 256 positions
+    config = AgentConfig(max_turns=50, max_tokens=240, max_observation_characters=20)
+    first, second = run_episodes(policy, [short] * 2, store, backend, config)
+    for episode in (first, second):
+        assert episode.stop_reason == "tokens" and episode.infra_error is None
+        assert episode.patch == "" and len(episode.turns) >= 2
+        assert 200 < episode.num_tokens <= 240 + 60
+        found = episode.trajectory
+        assert sum(found.loss_mask) <= 4 * len(episode.turns) and any(found.loss_mask)
+    assert first.trajectory.tokens != second.trajectory.tokens
+
+
+def test_turns_and_seconds_are_bounds_too(instance, store, backend):
+    looking = Scripted(["```bash\nsleep 0.2\n```"] * 9)
+    config = AgentConfig(max_turns=2)
+    (episode,) = run_episodes(ChatPolicy(looking), [instance], store, backend, config)
+    assert episode.stop_reason == "turns" and len(episode.turns) == 2
+    config = AgentConfig(max_seconds=0.1)
+    (episode,) = run_episodes(ChatPolicy(looking), [instance], store, backend, config)
+    assert episode.stop_reason == "seconds" and len(episode.turns) == 1
+
+
+def test_a_command_that_never_ends_is_stopped_and_said(instance, store, backend):
+    script = Scripted(["```bash\necho begun; sleep 60\n```", "```bash\nsubmit\n```"])
+    config = AgentConfig(command_seconds=1.0)
+    (episode,) = run_episodes(ChatPolicy(script), [instance], store, backend, config)
+    assert "stopped by its limit: wall" in episode.turns[0].observation
+
+
+def test_a_sandbox_that_fails_masks_its_episode_and_spares_the_others(instance, store, backend):
+    class OneBroken:
+        name = "bubblewrap"
+        opened = 0
+
+        def open(self, environment=None, *, limits=None):
+            self.opened += 1
+            if self.opened == 1:
+                raise SandboxError("no space left")
+            return backend.open(environment, limits=limits)
+
+    config = AgentConfig(num_parallel=1)
+    script = ChatPolicy(Scripted(["```bash\nsubmit\n```"]))
+    first, second = run_episodes(script, [instance] * 2, store, OneBroken(), config)
+    assert first.stop_reason == "infra" and "no space left" in first.infra_error
+    assert second.stop_reason == "submitted" and second.infra_error is None
+
+
+def test_fixed_steps_choose_the_repair_that_breaks_nothing(instance, store, backend):
+    both = (
+        FIX_RANGE
+        + "\n"
+        + (
+            "```edit ranges.py\n<<<<<<< SEARCH\n        start = index - 1\n=======\n"
+            "        start = index\n>>>>>>> REPLACE\n```"
+        )
+    )
+    breaking = (
+        "```edit ranges.py\n<<<<<<< SEARCH\n    return len(parse(text))\n=======\n"
+        "    return 0\n>>>>>>> REPLACE\n```"
+    )
+
+    class Model:
+        def __init__(self):
+            self.repairs = [breaking, "no edit", both, breaking, both, FIX_RANGE, breaking]
+
+        def complete(self, messages):
+            text = messages[0].content
+            if "Name the files" in text:
+                return 'I think ["ranges.py", "absent.py"]'
+            if "Name the functions" in text:
+                return '["ranges.py::parse", "ranges.py::write", "ranges.py::absent"]'
+            assert "def parse" in text and "def write" in text
+            return self.repairs.pop(0)
+
+    found = repair(instance, Model(), store, backend, AgentlessConfig(num_repairs=7))
+    assert found.files == ("ranges.py",)
+    assert found.functions == ("ranges.py::parse", "ranges.py::write")
+    assert (found.num_candidates, found.num_distinct, found.num_kept) == (6, 3, 2)
+    assert grade(instance, found.patch, store, backend).resolved
