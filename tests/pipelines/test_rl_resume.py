@@ -86,7 +86,7 @@ def test_a_stage_that_replays_routing_computes_each_token_as_it_was_sampled(stag
     assert all(m["rl/mismatch_ratio_max"] < 1 + 1e-3 for m in metrics)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_replayed_routing_a_killed_stage_ends_with_the_same_bits(first_run, stages):
     root, _ = first_run
     (killed,) = run_with_kills(root, ([REPLAY, SAMPLED_AGAIN], SYNC_KILLS))
