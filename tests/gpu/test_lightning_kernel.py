@@ -83,9 +83,32 @@ def test_one_sequence_equals_float64(length, dtype, heads, layer):
 
 
 @pytest.mark.parametrize("layer", [0, 79])
+@pytest.mark.parametrize("heads", [1, 8, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_long_sequence_equals_float64(dtype, layer):
-    check([65_536], heads=2, dtype=dtype, layer=layer)
+def test_a_long_sequence_equals_float64(dtype, heads, layer):
+    total = 65_536
+    slopes = lightning_slopes(heads, layer_index=layer, num_layers=80).cuda()
+    fused = draw(total, heads, 3, 128, seed=1, dtype=dtype)
+    initial, d_final = (draw(1, heads, 128, 128, seed=n) for n in (2, 3))
+    d_out, cu_seqlens = draw(total, heads, 128, seed=4, dtype=dtype), bounds([total])
+    given = [x.detach().requires_grad_() for x in (*fused.unbind(2), initial)]
+    found = lightning_attention(
+        *given[:3], slopes, cu_seqlens, initial_state=given[3], output_final_state=True
+    )
+    torch.autograd.backward(found, (d_out, d_final))
+    found = [x.detach() for x in (*found, *(x.grad for x in given))]
+    errors, norms = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for first in range(0, heads, 8):  # heads do not meet, and eight of them fit in float64
+        some = slice(first, first + 8)
+        doubles = [x.detach()[:, some].double().requires_grad_() for x in given]
+        wanted = exact(*doubles[:3], slopes[some], cu_seqlens, doubles[3])
+        gradients = d_out[:, some].double(), d_final[:, some].double()
+        torch.autograd.backward(wanted, gradients)
+        wanted = [x.detach() for x in (*wanted, *(x.grad for x in doubles))]
+        for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+            errors[number] += (ours[:, some].double() - theirs).square().sum().cpu()
+            norms[number] += theirs.square().sum().cpu()
+    assert (errors / norms).sqrt().max() <= TOLERANCE[dtype], (errors / norms).sqrt()
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
@@ -119,6 +142,16 @@ def test_the_fused_projection_equals_float64(dtype):
     found.backward(d_out)
     assert relative(found.detach(), wanted.detach()) <= TOLERANCE[dtype]
     assert relative(qkv.grad, doubles.grad) <= TOLERANCE[dtype]
+
+
+def test_steps_do_not_drift_over_64k_tokens():
+    total, heads = 65_536, 64
+    slopes = lightning_slopes(heads, layer_index=79, num_layers=80).cuda()
+    q, k, v = (draw(1, total, heads, 128, seed=seed) for seed in range(3))
+    states = torch.zeros(1, heads, 128, 128, device="cuda")
+    lightning_attention_step(q, k, v, slopes, states)
+    wanted = reference.final_states(k[0], v[0], slopes, bounds([total]))  # no decay is repeated
+    assert relative(states, wanted.double()) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("layer", [0, 40, 79])

@@ -185,6 +185,21 @@ def test_steps_update_their_slots_and_no_others(monkeypatch, num_tokens, many_ro
     assert torch.count_nonzero(out[2]) == 0
 
 
+@pytest.mark.parametrize("step", [decode.attention_step, reference.step], ids=["kernel", "torch"])
+def test_steps_do_not_round_a_slow_decay_the_same_way_every_time(step):
+    """exp(-slope) in float32 alone is off by up to 6e-8 a token: 5e-6 here."""
+    num_tokens, slopes = 256, torch.tensor([4e-8, 9e-8, 3e-4], device=DEVICE)
+    q, k, v = (draw(1, num_tokens, 3, 4, seed=seed) for seed in range(3))
+    states = 64 * draw(1, 3, 4, 4, seed=3)
+    cu_seqlens = bounds([num_tokens])
+    exact, final = reference.recurrent(q[0], k[0], v[0], slopes, cu_seqlens, states)
+    options = (None, False) if step is decode.attention_step else ()
+    out = step(q, k, v, slopes, states, *options)
+    for head in range(3):
+        assert relative(out[0, :, head], exact[:, head]) <= 1e-6
+        assert relative(states[:, head], final[:, head]) <= 1e-6
+
+
 CU_SEQLENS, SLOPE = bounds([2, 3]), torch.tensor([0.5], device=DEVICE)
 SLOTS = torch.tensor([1, -1], device=DEVICE)
 OPERANDS = {

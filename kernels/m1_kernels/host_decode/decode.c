@@ -19,7 +19,7 @@ typedef struct {
   const float *in;    // lightning: q, k, v of each head, then the gate, 4 W; softmax: q, k, v of groups
   const float *bias;  // softmax only, or null
   const float *out;
-  const float *inner_norm, *decay;  // lightning only: [W], exp(-slope) [H]
+  const float *inner_norm, *keep, *lost;  // lightning only: [W], [H] each: exp(-slope) = keep + lost
   float *states;                    // [slots, H, D, D]
   float *keys, *values;             // [pages, page_size, G, D]
   const float *router;              // null: one dense feed-forward, in shared_*
@@ -100,19 +100,20 @@ static void product(const float *x, int64_t M, int64_t stride, int64_t K, const 
   }
 }
 
-INLINE void recur(int64_t D, float decay, const float *restrict q, const float *restrict k,
-                  const float *restrict v, float *restrict state, float *restrict out) {
+INLINE void recur(int64_t D, float keep, float lost, const float *restrict q,
+                  const float *restrict k, const float *restrict v, float *restrict state,
+                  float *restrict out) {
   for (int64_t e = 0; e < D; ++e) out[e] = 0.0f;
   for (int64_t d = 0; d < D; ++d) {
     float *restrict s = state + d * D;
     for (int64_t e = 0; e < D; ++e) {
-      s[e] = decay * s[e] + k[d] * v[e];
+      s[e] = keep * s[e] + (lost * s[e] + k[d] * v[e]);
       out[e] += q[d] * s[e];
     }
   }
 }
 
-// S <- lam S + k^T v, o = q S of every head, then sigmoid(gate) * RMSNorm(o).
+// S <- lam S + k^T v with lam = keep + lost, o = q S of every head, then sigmoid(gate) * RMSNorm(o).
 static void lightning(const Model *model, const Layer *layer, const Batch *batch, int64_t first,
                       int64_t M, float *both, float *out) {
   int64_t D = model->dim, H = model->heads, W = H * D, width = padded(4 * W);
@@ -121,13 +122,13 @@ static void lightning(const Model *model, const Layer *layer, const Batch *batch
     float *state = layer->states + batch->slots[first + m] * H * D * D;
     silu(qkv, 3 * W);
     for (int64_t h = 0; h < H; ++h, qkv += 3 * D, state += D * D) {
-      float decay = layer->decay[h], *to = o + h * D;
+      float keep = layer->keep[h], lost = layer->lost[h], *to = o + h * D;
       switch (D) {  // constants, so that the loops are unrolled
-        case 16: recur(16, decay, qkv, qkv + D, qkv + 2 * D, state, to); break;
-        case 32: recur(32, decay, qkv, qkv + D, qkv + 2 * D, state, to); break;
-        case 64: recur(64, decay, qkv, qkv + D, qkv + 2 * D, state, to); break;
-        case 128: recur(128, decay, qkv, qkv + D, qkv + 2 * D, state, to); break;
-        default: recur(D, decay, qkv, qkv + D, qkv + 2 * D, state, to);
+        case 16: recur(16, keep, lost, qkv, qkv + D, qkv + 2 * D, state, to); break;
+        case 32: recur(32, keep, lost, qkv, qkv + D, qkv + 2 * D, state, to); break;
+        case 64: recur(64, keep, lost, qkv, qkv + D, qkv + 2 * D, state, to); break;
+        case 128: recur(128, keep, lost, qkv, qkv + D, qkv + 2 * D, state, to); break;
+        default: recur(D, keep, lost, qkv, qkv + D, qkv + 2 * D, state, to);
       }
     }
     norm(o, layer->inner_norm, model->inner_epsilon, qkv - 3 * W, W);  // q, k, v are used up

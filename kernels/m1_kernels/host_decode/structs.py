@@ -24,7 +24,7 @@ class LayerStruct(ctypes.Structure):
     _fields_ = (
         _fields(_INTEGER, "is_softmax top_k num_experts ffn shared_ffn")
         + _fields(_FLOAT, "attention_alpha attention_beta mlp_alpha mlp_beta")
-        + _fields(_POINTER, "attention_norm mlp_norm in_ bias out inner_norm decay states keys")
+        + _fields(_POINTER, "attention_norm mlp_norm in_ bias out inner_norm keep lost states keys")
         + _fields(_POINTER, "values router fc1 fc2 shared_fc1 shared_fc2")
         + _fields(_POINTER, "routed_experts")
     )

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from m1_kernels.lightning_attention.walk import decay_parts
+
 _MANY_ROWS = 32
 """Rows from which wide tiles move the most bytes a second; below, narrow ones start sooner."""
 _NARROW, _WIDE = (32, 2), (128, 4)
@@ -48,7 +50,7 @@ def _step_kernel(
     at = (slot * num_heads + head) * (D * E) + d[:, None] * E + e[None, :]
     is_inside = is_d[:, None] & is_e[None, :] & is_used
     s = tl.load(states + at, mask=is_inside, other=0.0)
-    decay = tl.exp(-tl.load(slopes + head))
+    keep, lost = decay_parts(-tl.load(slopes + head))
     for token in range(0, num_tokens):
         q_t = tl.load(q + q_at + token * stride_qs, mask=is_d & is_used, other=0.0).to(tl.float32)
         k_t = tl.load(k + k_at + token * stride_ks, mask=is_d & is_used, other=0.0).to(tl.float32)
@@ -58,7 +60,7 @@ def _step_kernel(
             q_t = _silu(q_t).to(kind).to(tl.float32)
             k_t = _silu(k_t).to(kind).to(tl.float32)
             v_t = _silu(v_t).to(kind).to(tl.float32)
-        s = decay * s + k_t[:, None] * v_t[None, :]
+        s = keep * s + (lost * s + k_t[:, None] * v_t[None, :])
         o_t = tl.sum(q_t[:, None] * s, axis=0)
         tl.store(
             out + o_at + (token * num_heads + head) * E, o_t.to(out.dtype.element_ty), mask=is_e

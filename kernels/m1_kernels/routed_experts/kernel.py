@@ -20,8 +20,20 @@ import torch
 import triton
 import triton.language as tl
 
-_COLUMNS, _INNER = 64, 64
+_COLUMNS = 64
 _GROUP = 1024
+
+
+def _tuning(rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Inner step, stages and warps by rows of a tile; measured on an H200 (`benchmarks/README.md`).
+
+    Rows alone choose the inner step, so the order of sums, within a type.
+    """
+    if dtype == torch.float32:  # the others' stages would not fit in shared memory
+        return {"INNER": 64}
+    if rows < 64:
+        return {"INNER": 128, "num_stages": 4, "num_warps": 4}
+    return {"INNER": 64, "num_stages": 4, "num_warps": 8}
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ def routed_experts(
     out = torch.empty_like(x)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     rows = block_rows or min(64, max(16, triton.next_power_of_2(num_tokens)))
+    tuning = _tuning(rows, x.dtype)
     # A token chooses an expert once, so no expert has more pairs than there are tokens.
     tiles = triton.cdiv(num_tokens, rows)
     _route_kernel[(num_tokens,)](
@@ -117,12 +130,12 @@ def routed_experts(
     _fc1_kernel[(tiles, triton.cdiv(width, _COLUMNS), num_local)](
         x, table.fc1, inner, members, counts, share, num_pairs,
         HIDDEN=hidden, WIDTH=width, TOP=top_k,
-        ROWS=rows, COLUMNS=_COLUMNS, INNER=_INNER, PRECISION=precision,
+        ROWS=rows, COLUMNS=_COLUMNS, PRECISION=precision, **tuning,
     )  # fmt: skip
     _fc2_kernel[(tiles, triton.cdiv(hidden, _COLUMNS), num_local)](
         inner, table.fc2, parts, members, counts, num_pairs,
         HIDDEN=hidden, WIDTH=width,
-        ROWS=rows, COLUMNS=_COLUMNS, INNER=_INNER, PRECISION=precision,
+        ROWS=rows, COLUMNS=_COLUMNS, PRECISION=precision, **tuning,
     )  # fmt: skip
     _join_kernel[(num_tokens, triton.cdiv(hidden, 1024))](
         parts, chosen, out, table.first_expert, num_local, HIDDEN=hidden, TOP=top_k, BLOCK=1024

@@ -41,6 +41,7 @@ class WeightSender:
         _broadcast(self._group, torch.frombuffer(bytearray(header), dtype=torch.uint8).to(device))
         for _, parameter in model.named_parameters():
             _broadcast(self._group, parameter.detach().contiguous())
+        _meet(self._group, device)
 
 
 _joined: dict[str, Any] = {}
@@ -85,6 +86,7 @@ def _receive(group: Any, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for name, shape, dtype in described["tensors"]:  # all of them, or the sender would wait
         staged[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         _broadcast(group, staged[name])
+    _meet(group, device)
     if described["digest"] != _describe(model)["digest"]:
         raise M1Error(
             "the trainer's model has other parameters than this engine's; the weights stay as they "
@@ -116,6 +118,13 @@ def _join(address: str, *, rank: int, world: int) -> Any:
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, world, options)
     return dist.ProcessGroupGloo(store, rank, world, timeout)
+
+
+def _meet(group: Any, device: torch.device) -> None:
+    """Return when every member has all it was sent; NCCL's own waits only order the GPU's work."""
+    group.allreduce([torch.zeros(1, device=device)], dist.AllreduceOptions()).wait()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _broadcast(group: Any, tensor: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from m1.inference.parameters import FeedForward, Layer, Lightning, Parameters
 from m1.inference.runner import ModelRunner
 from m1.inference.steps import Step
 from m1_kernels.host_decode import HostModel, library
+from m1_kernels.lightning_attention.reference import decay_parts
 
 
 class HostDecoder:
@@ -86,10 +87,12 @@ def _layer(layer: Layer, top_k: int, cache: Cache) -> dict[str, Any]:
         "out": attention.out,
     }
     if isinstance(attention, Lightning):
+        keep, lost = decay_parts(attention.slopes)
         found |= {
             "in_": torch.cat((attention.qkv, attention.gate)),
             "inner_norm": attention.norm,
-            "decay": torch.exp(-attention.slopes),
+            "keep": keep,
+            "lost": lost,
             "states": cache.states[layer.cache_index],
         }
     else:

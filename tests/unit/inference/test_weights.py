@@ -159,37 +159,7 @@ def test_running_completions_go_on_with_new_weights_and_say_which_made_each_toke
         assert results([alone])[0][0] == tuple(sequence.tokens[10:])
 
 
-WORKER = """
-import sys, torch
-from m1.model import cpu
-cpu.without_compilation()
-from m1.config.schema import ModelConfig, MoeConfig
-from m1.inference.broadcast import WeightSender
-from m1.inference.weights import stage
-from m1.model.build import build_model
-from m1.model.parallel import initialize
-from m1.types import M1Error
-
-role, address, layers = sys.argv[1:]
-initialize()
-config = ModelConfig(num_layers=int(layers), hidden_size=16, num_heads=2, num_kv_heads=1,
-                     head_dim=8, rotary_dim=8, lightning_per_softmax=1,
-                     moe=MoeConfig(num_experts=2, top_k=2, ffn_hidden_size=16))
-model = build_model(config, vocab_size=64, seed=1 if role == "trainer" else 2)
-expected = build_model(config, vocab_size=64, seed=1)
-if role == "trainer":
-    sender = WeightSender(address)
-    for round in range(2):
-        sender.send(model)
-        with torch.no_grad():
-            [p.mul_(2) for p in model.parameters()]
-else:
-    for round in range(2):
-        staged = stage(address, model)
-        for name, parameter in expected.named_parameters():
-            assert torch.equal(staged[name], parameter * 2**round), name
-print("done")
-"""
+WORKER = Path(__file__).with_name("broadcast_worker.py")
 
 
 def broadcast(layers_of_trainer):
@@ -198,7 +168,7 @@ def broadcast(layers_of_trainer):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-c", WORKER]
+    command = [sys.executable, str(WORKER)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     trainer = subprocess.Popen([*command, "trainer", address, layers_of_trainer], **pipes)
     engine = subprocess.Popen([*command, "engine", address, "2"], **pipes)
