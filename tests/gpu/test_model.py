@@ -92,3 +92,16 @@ def test_the_head_stays_float_through_a_cast_and_is_exact():
     flat = upstream.double().flatten(0, 1)
     assert relative(weight.grad, flat.t() @ x.detach().double().flatten(0, 1)) < 1e-3
     assert relative(x.grad, (upstream.double() @ weight.detach().double())) < 4e-3
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    from m1.model.build import build_model
+    from m1.model.parallel import initialize
+
+    initialize()
+    first, other, again = (
+        torch.cat([p.flatten() for p in build_model(CONFIG, vocab_size=VOCAB, seed=s).parameters()])
+        for s in (7, 8, 7)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from m1.config.layout import layout_mistakes, stage_layers
 from m1.config.schema import ModelConfig, ParallelConfig
@@ -132,6 +133,8 @@ def build_model(
     config = transformer_config(model, parallel)
     _forget_router_metrics()
     torch.manual_seed(seed)
+    if torch.cuda.is_available():  # megatron initialises from generators of its own there
+        model_parallel_cuda_manual_seed(seed)
     is_last = parallel_state.is_pipeline_last_stage()
     built = HybridModel(
         config,

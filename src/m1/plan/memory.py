@@ -18,6 +18,7 @@ from m1.plan.parameters import ParameterGroup, embedding_groups, head_groups, la
 
 _MOMENTS = 8
 _MASTER = 4
+_PAGE_TOKENS = 16
 _STATE_ELEMENT = 4
 
 
@@ -101,15 +102,16 @@ def decoding_bytes(model: ModelConfig, kinds: list[str], decoding: Decoding) -> 
     """Recurrent states and key-value cache of some layers, before tensor parallelism splits them.
 
     A lightning layer keeps float32 [H, D, D] of a sequence, whatever its length; a softmax layer
-    keys and values [length, KV, D] in the trunk's precision (FP8 keeps BF16).
+    keys and values [length, KV, D] in the trunk's precision (FP8 keeps BF16). The engine has one
+    state and one page more, which rows of a padded batch write to.
     """
     dim = model.head_dim
     state = _STATE_ELEMENT * model.num_heads * dim * dim
     row = 2 * _element_bytes(model) * model.num_kv_heads * dim
     num_softmax = kinds.count("softmax")
     return (
-        float(decoding.num_sequences * (len(kinds) - num_softmax) * state),
-        float(decoding.num_sequences * decoding.length * num_softmax * row),
+        float((decoding.num_sequences + 1) * (len(kinds) - num_softmax) * state),
+        float((decoding.num_sequences * decoding.length + _PAGE_TOKENS) * num_softmax * row),
     )
 
 

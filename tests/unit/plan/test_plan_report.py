@@ -114,8 +114,8 @@ def test_json_has_its_documented_keys(m1_456b) -> None:
     assert found["memory"]["decoding"] == {
         "num_sequences": 1,
         "length": 8192,
-        "recurrent_states": 70 * 64 * 128 * 128 * 4,
-        "kv_cache": 10 * 8192 * 2 * 8 * 128 * 2,
+        "recurrent_states": 2 * 70 * 64 * 128 * 128 * 4,
+        "kv_cache": 10 * (8192 + 16) * 2 * 8 * 128 * 2,
     }
     assert found["flops"]["training_per_token"] == 3 * found["flops"]["forward_per_token"]
     assert [row["length"] for row in found["inference"]["full"]["rows"]][3] == 100_000
