@@ -111,8 +111,9 @@ def resolve_component(
 
 
 def recipe_line(recipe: Recipe) -> str:
-    """What the recipe says beyond defaults, as JSON on one line: KFP's compiler copies a parameter's
-    default into a comment of one line.
+    """What the recipe says beyond defaults, as JSON.
+
+    It is one line, because KFP's compiler copies a parameter's default into a comment.
     """
     dumped = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     return json.dumps(dumped, ensure_ascii=False)

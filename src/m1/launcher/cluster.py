@@ -24,17 +24,24 @@ class ClusterError(M1Error):
 class Cluster:
     """A connection to one namespace."""
 
-    def __init__(self, namespace: str | None = None, *, retry_seconds: float = 300.0) -> None:
+    def __init__(
+        self,
+        namespace: str | None = None,
+        *,
+        retry_seconds: float = 300.0,
+        kubeconfig: str | None = None,
+    ) -> None:
         """Connect.
 
         Args:
             namespace: Where objects are made; None takes the pod's own, or `default`.
             retry_seconds: How long an unreachable API server is asked again.
+            kubeconfig: File; None takes the pod's own account, KUBECONFIG or ~/.kube/config.
 
         Raises:
             M1Error: No cluster is configured.
         """
-        self.configuration = load_configuration(ClusterConfig())
+        self.configuration = load_configuration(ClusterConfig(kubeconfig=kubeconfig))
         from kubernetes import client
 
         self.namespace = namespace or own_namespace()

@@ -145,9 +145,8 @@ class TrainJobLauncher:
         resources = job.recipe.resources
         trainer, limit = resources.trainer, resources.of(stage_kind(job.name)).timeout_seconds
         began, ran = time.monotonic(), None
-        stream = LogStream(self._cluster, name, write=lambda text: self._say(text.rstrip("\n")))
         progress = ProgressLines(job.name, job.folder, self._say)
-        try:
+        with self._streaming(name):
             while True:
                 found = self._read(name)
                 if found is None:
@@ -172,8 +171,17 @@ class TrainJobLauncher:
                         f"(resources.{stage_kind(job.name)}.timeout_seconds) and was deleted"
                     )
                 time.sleep(trainer.poll_seconds)
-        finally:
-            stream.close()
+
+    @contextlib.contextmanager
+    def _streaming(self, name: str) -> Iterator[None]:
+        """Print the log of the first pod meanwhile, to its end unless something else happened."""
+        stream = LogStream(self._cluster, name, write=lambda text: self._say(text.rstrip("\n")))
+        try:
+            yield
+        except BaseException:
+            stream.close(wait_seconds=0)
+            raise
+        stream.close()
 
     def _has_started(self, name: str) -> bool:
         phases = [pod.status.phase for pod in pods_of(self._cluster, name)]

@@ -55,7 +55,7 @@ def _addresses(url: str) -> list[str]:
 
 
 class Discovery:
-    """Has servers that appear behind a name join a pool, from a thread; close it before the pool."""
+    """Has servers that appear behind a name join a pool, from a thread. Closed before the pool."""
 
     def __init__(
         self,
