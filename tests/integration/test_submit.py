@@ -7,9 +7,11 @@ import threading
 import pytest
 import yaml
 from kfp_api import SWAGGER, KfpApi
+from kubernetes import client
 from typer.testing import CliRunner
 
 from m1.cli import app
+from m1.pipeline import load_pipelines
 from m1.types import M1Error
 
 RECIPE = "tests/recipes/mini.toml"
@@ -98,6 +100,55 @@ def test_a_run_is_listed_and_cancelled_by_name(api):
     assert run["run_id"] in output and run["state"] == "CANCELING"
     error, _ = call("cancel", "tuesday")
     assert "no run 'tuesday'" in str(error)
+
+
+class Pods:
+    """What `m1 logs` asks of Kubernetes: pods by label, and their logs."""
+
+    def __init__(self, *pods):
+        self.pods = [client.V1Pod(**pod) for pod in pods]
+
+    def list_namespaced_pod(self, namespace, *, label_selector):
+        wanted = dict(pair.split("=") for pair in label_selector.split(","))
+        found = [p for p in self.pods if wanted.items() <= p.metadata.labels.items()]
+        return client.V1PodList(items=found)
+
+    def read_namespaced_pod_log(self, name, namespace, *, container):
+        return f"words of {name}/{container}\n"
+
+
+def pod(name, container="main", node="", **labels):
+    notes = {"workflows.argoproj.io/node-name": node} if node else {}
+    return {
+        "metadata": client.V1ObjectMeta(
+            name=name,
+            annotations=notes,
+            labels={key.replace("_", "/"): value for key, value in labels.items()},
+        ),
+        "spec": client.V1PodSpec(containers=[client.V1Container(name=container)]),
+    }
+
+
+def test_logs_are_the_components_and_those_of_the_job_it_made(api):
+    submit()
+    (run_id,) = api.runs
+    follow = load_pipelines("follow")
+    server = load_pipelines("server").KfpServer(load_pipelines("server").connection())
+    assert follow.task_of(server, run_id, "data") == "data"
+    with pytest.raises(M1Error, match="no stage 'rl'; it has: data, resolve"):
+        follow.task_of(server, run_id, "rl")
+    run = {"pipeline_runid": run_id}
+    core = Pods(
+        pod("driver", node="m1-x.root.data.driver", **run),
+        pod("one", node="m1-x.root.data.executor", **run),
+        pod("other", node="m1-x.root.metadata.executor", **run),
+        pod("rank", "node", m1_run=run_id, m1_stage="data"),
+        pod("strange", node="m1-x.root.data.executor", pipeline_runid="another"),
+    )
+    lines = list(follow.stage_logs(core, "kubeflow", run_id, task="data", stage="data"))
+    assert lines == ["== one", "words of one/main", "== rank", "words of rank/node"]
+    with pytest.raises(M1Error, match="has no pod of sft"):
+        list(follow.stage_logs(core, "kubeflow", run_id, task="sft", stage="sft"))
 
 
 def test_an_expired_token_is_named_without_being_shown(api, monkeypatch):

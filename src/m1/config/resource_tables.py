@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from m1.config.base import Config, NonNegativeInt, PositiveFloat, PositiveInt, refuse, repeated
 
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTP]i?)?$")]
+Quantity = Annotated[
+    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGTP]i?)?$", coerce_numbers_to_str=True)
+]
 """An amount as Kubernetes writes it: 500m, 8, 64Gi."""
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
