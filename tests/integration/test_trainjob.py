@@ -131,6 +131,14 @@ def test_the_trainjob_asks_for_what_the_recipe_says(make, monkeypatch):
     assert [v["name"] for v in pod["volumes"]] == ["claim-work", "shm"]
 
 
+def test_an_address_with_credentials_is_not_put_into_objects(make, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:planted-secret@mlflow.example.com")
+    api, launcher, job, _ = make(HANG)
+    with pytest.raises(M1Error, match="MLFLOW_TRACKING_PASSWORD") as refusal:
+        launcher.run(job)
+    assert "planted-secret" not in str(refusal.value) and not api.made
+
+
 def test_a_pod_that_fails_is_a_failure_with_its_last_words(make):
     api, launcher, job, said = make(program("print('step 1'); raise SystemExit('out of memory')"))
     with pytest.raises(M1Error, match=r"(?s)JobsFailed.*out of memory") as failure:

@@ -105,7 +105,8 @@ class StageResources(Config):
     finds its own finished work."""
     cache_key: Annotated[str, Field(min_length=1)] | None = None
     """Replaces KFP's own key, which covers parameters, inputs and image; a result that belongs to
-    another recipe is refused by the stage that gets it. Needs KFP 2.18 or newer."""
+    another recipe is refused by the stage that gets it. Needs a KFP server that
+    honours it, as its main branch does since July 2026."""
     launcher: LauncherName = "torchrun"
     """Who starts the stage's processes: `torchrun` in the component's own pod, or a `trainjob` of
     Kubeflow Trainer, whose pods get what is asked for here."""

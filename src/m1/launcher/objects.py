@@ -5,9 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from m1.config.resource_tables import SecretConfig, StageResources, TrainerConfig
 from m1.launcher.job import RunLabels
+from m1.types import M1Error
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "m1.launcher/stage"
@@ -112,8 +114,18 @@ def train_job(
 
 
 def environment(asked: StageResources, further: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Variables of a container: forwarded, given, and from secrets by reference."""
+    """Variables of a container: forwarded, given, and from secrets by reference.
+
+    Raises:
+        M1Error: What would be forwarded holds a secret.
+    """
     passed = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    if "@" in urlsplit(passed.get("MLFLOW_TRACKING_URI", "")).netloc:
+        raise M1Error(
+            "MLFLOW_TRACKING_URI holds credentials, which would stand in the cluster's objects; "
+            "give them by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD from a secret "
+            "(resources.<stage>.secrets)"
+        )
     plain = {**passed, **further, **asked.environment}
     variables: list[dict[str, Any]] = [{"name": n, "value": v} for n, v in sorted(plain.items())]
     return variables + [entry for secret in asked.secrets for entry in _from_secret(secret)]
