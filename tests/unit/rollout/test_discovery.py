@@ -20,10 +20,10 @@ def test_the_clusters_servers_are_where_the_launcher_says(monkeypatch):
     monkeypatch.setenv(SERVERS_VARIABLE, "dns+http://127.0.0.1:8000")
     assert expand(["cluster"]) == ["http://127.0.0.1:8000"]
     monkeypatch.delenv(SERVERS_VARIABLE)
-    with pytest.raises(M1Error, match="no resources.rollout"):
+    with pytest.raises(M1Error, match=r"no resources\.rollout"):
         expand(["cluster"])
 
 
 def test_a_name_that_is_not_known_is_named():
-    with pytest.raises(M1Error, match="no inference server is found at nowhere.invalid"):
+    with pytest.raises(M1Error, match=r"no inference server is found at nowhere\.invalid"):
         expand(["dns+http://nowhere.invalid:80"])
