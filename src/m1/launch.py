@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m1.config.schema import Recipe, ResourcesConfig
+from m1.config.schema import Recipe, ResourcesConfig, TrackingConfig
 from m1.config.stages import parents_of, rl_config, stage_hashes, stage_kind, stages_of
 from m1.launcher.cluster import Cluster, is_inside
 from m1.launcher.job import Launcher, RunLabels, StageJob
@@ -171,8 +171,14 @@ def with_places(recipe: Recipe) -> Recipe:
     given = os.environ.get(PLACES_VARIABLE)
     if given is None:
         return recipe
-    dumped = recipe.model_dump(mode="json", by_alias=True) | json.loads(given)
-    return Recipe.model_validate(dumped)
+    places = json.loads(given)
+    changes: dict[str, Any] = {}
+    for name, table in (("tracking", TrackingConfig), ("resources", ResourcesConfig)):
+        if name in places:
+            changes[name] = table.model_validate(places[name])
+    if "image" in places:
+        changes["image"] = places["image"]
+    return recipe.model_copy(update=changes)
 
 
 def tear_down_run(run_id: str) -> None:

@@ -115,8 +115,7 @@ def recipe_line(recipe: Recipe) -> str:
 
     It is one line, because KFP's compiler copies a parameter's default into a comment.
     """
-    dumped = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return json.dumps(dumped, ensure_ascii=False)
+    return json.dumps(_beyond_defaults(recipe), ensure_ascii=False)
 
 
 def stage_json(stage: str, recipe: Recipe) -> str:
@@ -134,9 +133,17 @@ def stage_json(stage: str, recipe: Recipe) -> str:
 
 def places_json(recipe: Recipe) -> str:
     """What comes to a stage beside its parameters (`m1.launch.PLACES_VARIABLE`)."""
-    dumped = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    dumped = _beyond_defaults(recipe)
     names = ("tracking", "resources", "image")
     return json.dumps({name: dumped[name] for name in names if name in dumped}, sort_keys=True)
+
+
+def _beyond_defaults(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says beyond defaults; resources in full, as theirs are the recipe's own."""
+    dumped = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    if "resources" in dumped:
+        dumped["resources"] = recipe.resources.model_dump(mode="json", by_alias=True)
+    return dumped
 
 
 def _table(text: str) -> dict[str, Any]:

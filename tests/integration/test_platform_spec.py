@@ -9,12 +9,12 @@ from google.protobuf import json_format
 from kfp.kubernetes import kubernetes_executor_config_pb2 as executor_config
 from kfp.pipeline_spec import pipeline_spec_pb2 as pipeline_spec
 
-from m1.config.loading import RecipeError, load_recipe
+from m1.config.loading import RecipeError, load_recipe, recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import recipe_hash, stage_hashes
-from m1.launch import run_component
+from m1.launch import run_component, with_places
 from m1.pipeline import load_pipelines
-from m1.resolving import fixed_parts, recipe_line, resolve, stage_json
+from m1.resolving import fixed_parts, places_json, recipe_line, resolve, stage_json
 from m1.types import M1Error
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_a_stages_own_table_goes_over_the_default(equipped):
         if name:
             assert executor["pvcMount"][0]["mountPath"] == "/work"
     config = platform[""]["pipelineConfig"]
-    assert config["ttlStrategy"]["secondsAfterCompletion"] == 86400
+    assert config == {"activeDeadlineSeconds": 604800, "resourceTtlOnCompletion": 86400}
     tasks = spec.root.dag.tasks
     assert tasks["rl"].retry_policy.max_retry_count == 2
     assert not tasks["data"].caching_options.enable_cache
@@ -114,6 +114,26 @@ def test_secrets_are_references_and_places_no_part_of_a_stages_parameters(equipp
     container = document["deploymentSpec"]["executors"]["exec-rl"]["container"]
     (places,) = [e["value"] for e in container["env"] if e["name"] == "M1_PLACES"]
     assert json.loads(places)["tracking"]["uri"] == "https://mlflow.example.com"
+
+
+def test_a_recipe_written_out_in_full_asks_for_the_same():
+    sets = [*RESOURCES, "resources.default.cache=false", "resources.data.cache=true"]
+    recipe = load_recipe([MINI], overrides=sets)
+    assert recipe.resources.of("data").cache and not recipe.resources.of("rl").cache
+    assert recipe.resources.of("evaluate").memory == recipe.resources.of("rl").memory == "8Gi"
+    assert Recipe.model_validate_json(recipe_json(recipe)) == recipe
+    assert resolve(recipe_line(recipe), "", fixed=fixed_parts(recipe)) == recipe
+
+
+def test_a_stage_gets_all_its_places_by_the_environment(monkeypatch):
+    servers = ['rl.rollout.urls=["cluster"]', "resources.rollout.source=/work/base"]
+    recipe = load_recipe([MINI], overrides=[*RESOURCES, *servers])
+    monkeypatch.setenv("M1_PLACES", places_json(recipe))
+    for stage in stage_hashes(recipe):
+        found = with_places(Recipe.model_validate_json(stage_json(stage, recipe)))
+        assert (found.resources, found.tracking, found.image) == (
+            recipe.resources, recipe.tracking, recipe.image,
+        )  # fmt: skip
 
 
 def test_where_a_recipe_runs_is_no_part_of_its_hash():

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ Quantity = Annotated[
 """An amount as Kubernetes writes it: 500m, 8, 64Gi."""
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+KINDS = ("data", "sandbox", "pretrain", "sft", "rl", "evaluate", "register")
+"""Kinds of stages."""
 WITH_LAYOUT = ("pretrain", "sft", "rl")
 """Kinds of stages with a parallel layout."""
 LauncherName = Literal["torchrun", "trainjob"]
@@ -207,13 +209,20 @@ class ResourcesConfig(Config):
     deadline_seconds: PositiveInt | None = None
     """After which a run is ended; absent: never."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, given: Any) -> Any:
+        """Complete stages' tables, so that one written out in full is read as the same."""
+        default = given.get("default") if isinstance(given, dict) else None
+        if not isinstance(default, dict):
+            return given
+        own = {kind: given[kind] for kind in KINDS if isinstance(given.get(kind), dict)}
+        return given | {kind: default | table for kind, table in own.items()}
+
     def of(self, kind: str) -> StageResources:
-        """What a stage of a kind asks for: its own table over the default one, or `default`."""
-        own = getattr(self, "register_" if kind == "register" else kind)
-        if own is None:
-            return self.default
-        changes = {name: getattr(own, name) for name in own.model_fields_set}
-        return self.default.model_copy(update=changes)
+        """What a stage of a kind asks for: its own table or the default one; also `default`."""
+        own: StageResources | None = getattr(self, "register_" if kind == "register" else kind)
+        return self.default if own is None else own
 
     def launcher(self, kind: str) -> LauncherName:
         """Who starts a stage's processes; stages without a parallel layout have one process."""
@@ -245,8 +254,6 @@ def resource_mistakes(
     for kind, processes in world_sizes.items():
         mistakes = _stage_mistakes(resources.of(kind), processes, work_folder)
         texts += [f"resources.{kind}.{text}" for text in mistakes]
-    if resources.rollout is not None and "rl" not in world_sizes:
-        texts.append("resources.rollout is present, but there is no rl; remove it or add [rl]")
     return texts
 
 

@@ -1,6 +1,7 @@
 """What a workflow's UI shows of one stage: numbers, a page with curves and tables, a summary."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def _last_values(rows: list[dict[str, object]]) -> dict[str, float]:
     for row in rows:
         values = row["metrics"]
         if isinstance(values, Mapping):
-            last.update({n: float(v) for n, v in values.items() if isinstance(v, int | float)})
+            # KFP's record of metrics takes finite numbers only.
+            numbers = {n: v for n, v in values.items() if isinstance(v, int | float)}
+            last.update({n: float(v) for n, v in numbers.items() if math.isfinite(v)})
     return last
 
 

@@ -8,23 +8,26 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from m1.config.resource_tables import SecretConfig, StageResources, TrainerConfig
+from m1.config.stages import image_digest
 from m1.launcher.job import RunLabels
 from m1.types import M1Error
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "m1.launcher/stage"
 STAGE_LABEL, RUN_LABEL, NAME_LABEL = "m1/stage", "m1/run", "m1/run-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 HASH_ANNOTATION = "m1/stage-hash"
 NODE = "node"
 """Name of the training job and its container in a Trainer runtime."""
 FORWARDED = (
-    "M1_IMAGE_DIGEST",
     "M1_ROLLOUT_SERVERS",
     "MLFLOW_EXPERIMENT_ID",
     "MLFLOW_RUN_ID",
     "MLFLOW_TRACKING_URI",
 )
 """Variables of the component that its processes elsewhere get too; none is a secret."""
+
+_FOR_RANKS = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # megatron's overlap of collectives asks for it
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def train_job(
     if trainer.queue:
         labels["kueue.x-k8s.io/queue-name"] = trainer.queue
     if identity.run.priority:
-        labels["kueue.x-k8s.io/priority-class"] = identity.run.priority
+        labels[PRIORITY_LABEL] = identity.run.priority
     spec: dict[str, Any] = {
         "runtimeRef": {
             "apiGroup": GROUP,
@@ -90,7 +93,7 @@ def train_job(
             "image": image,
             "command": ["torchrun"],
             "args": ["-m", "m1.rank", folder],
-            "env": environment(asked, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),
+            "env": environment(asked, _FOR_RANKS | {"M1_IMAGE_DIGEST": image_digest()}),
             "numNodes": asked.num_nodes,
             "numProcPerNode": num_processes // asked.num_nodes,
             "resourcesPerNode": amounts(asked),

@@ -3,7 +3,15 @@
 from typing import Any
 
 from m1.config.resource_tables import RolloutDeploymentConfig
-from m1.launcher.objects import Identity, amounts, environment, labels_of, mounts, placement
+from m1.launcher.objects import (
+    PRIORITY_LABEL,
+    Identity,
+    amounts,
+    environment,
+    labels_of,
+    mounts,
+    placement,
+)
 
 SELECTOR_LABEL = "m1/rollout"
 METRIC = "m1_pending_completions"
@@ -15,14 +23,13 @@ def deployment(
     """`m1 serve` in `min_replicas` pods; an autoscaler may make more."""
     pod = placement(config.resources)
     pod["containers"] = [_container(config, image)]
-    if identity.run.priority:
-        pod["priorityClassName"] = identity.run.priority
     labels = labels_of(identity) | {SELECTOR_LABEL: identity.name}
+    own = labels | ({PRIORITY_LABEL: identity.run.priority} if identity.run.priority else {})
     annotations = {"prometheus.io/scrape": "true", "prometheus.io/port": str(config.port)}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(identity, labels),
+        "metadata": _metadata(identity, own),
         "spec": {
             "replicas": config.min_replicas,
             "selector": {"matchLabels": {SELECTOR_LABEL: identity.name}},
