@@ -9,9 +9,12 @@ import pytest
 import yaml
 from kfp_api import SWAGGER, KfpApi
 
+from m1.recipe_changes import recipe_changes, report, to_submit
+from m1.types import M1Error
+
 PROJECT = Path(__file__).parents[2]
 LAPTOP = (PROJECT / "tests/recipes/mini.toml").read_text()
-SUBMIT = LAPTOP + "\n[ci]\nsubmit = true\n"
+SUBMIT = LAPTOP[: LAPTOP.index("[sft]")] + "\n[ci]\nsubmit = true\n"  # a small pipeline
 
 
 class History:
@@ -107,14 +110,14 @@ def test_a_removed_recipe_and_other_files_cost_nothing(history):
     base = history.git("rev-parse", "HEAD")
     (history.folder / "notes.md").write_text("x")
     head = history.commit()
-    assert history.script("check", base, head).stdout == "No recipe changes.\n"
-    done = history.script("check", base, history.commit(small=None))
-    assert done.returncode == 0 and "Removed." in done.stdout
+    assert report(recipe_changes(base, head, folder=history.folder)) == "No recipe changes.\n"
+    (change,) = recipe_changes(base, history.commit(small=None), folder=history.folder)
+    assert change.is_removed and "Removed." in report([change]) and to_submit([change]) == []
 
 
 def test_an_unknown_commit_is_named(history):
-    done = history.script("check", "nowhere")
-    assert done.returncode == 1 and "nowhere" in done.stderr
+    with pytest.raises(M1Error, match="nowhere"):
+        recipe_changes("nowhere", "HEAD", folder=history.folder)
 
 
 @pytest.mark.skipif(not SWAGGER.exists(), reason=f"no published swagger at {SWAGGER}")
@@ -132,8 +135,6 @@ def test_a_merge_submits_what_asks_for_it_once_for_each_content(history):
     changed = history.commit(a=SUBMIT.replace("seed = 1", "seed = 3"))
     assert "started" in history.script("submit", comment, changed, **where).stdout
     assert len(api.runs) == len(api.versions) == 2
-    nothing = history.script("submit", changed, changed, **where)
-    assert "no changed recipe" in nothing.stdout
     said = first.stdout + first.stderr + again.stdout + yaml.safe_dump([api.versions, api.runs])
     assert "planted-secret" not in said
     api.close()
