@@ -1,15 +1,24 @@
 """Clean, deduplicate and pack text; make tasks; train the tokenizer."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Output
+from kfp.dsl import HTML, Dataset, Markdown, Metrics, Output
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
 def data(
     recipe: str,
     output: Output[Dataset],
+    metrics: Output[Metrics],
+    report: Output[HTML],
+    summary: Output[Markdown],
 ) -> None:
     """Clean, deduplicate and pack text; make tasks; train the tokenizer."""
-    from m1.launch import run_component
+    from m1.launch import StageArtifacts, run_component
 
-    run_component("data", recipe, inputs={}, output=output)
+    run_component(
+        "data",
+        recipe,
+        inputs={},
+        output=output,
+        artifacts=StageArtifacts(metrics, report, summary),
+    )

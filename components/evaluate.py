@@ -1,7 +1,7 @@
 """Score every checkpoint on the held-out tasks."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Dataset, Input, Model, Output
+from kfp.dsl import HTML, Artifact, Dataset, Input, Markdown, Metrics, Model, Output
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
@@ -10,16 +10,20 @@ def evaluate(
     data: Input[Dataset],
     pretrain: Input[Model],
     output: Output[Artifact],
+    metrics: Output[Metrics],
+    report: Output[HTML],
+    summary: Output[Markdown],
     sft: Input[Model] | None = None,
     rl: Input[Model] | None = None,
     sandbox: Input[Dataset] | None = None,
 ) -> None:
     """Score every checkpoint on the held-out tasks."""
-    from m1.launch import run_component
+    from m1.launch import StageArtifacts, run_component
 
     run_component(
         "evaluate",
         recipe,
         inputs={"data": data, "sandbox": sandbox, "pretrain": pretrain, "sft": sft, "rl": rl},
         output=output,
+        artifacts=StageArtifacts(metrics, report, summary),
     )

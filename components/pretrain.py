@@ -1,7 +1,7 @@
 """Continual pretraining."""
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Model, Output
+from kfp.dsl import HTML, Dataset, Input, Markdown, Metrics, Model, Output
 
 
 @dsl.component(base_image="python:3.11", install_kfp_package=False)  # type: ignore[untyped-decorator]
@@ -9,8 +9,22 @@ def pretrain(
     recipe: str,
     data: Input[Dataset],
     output: Output[Model],
+    metrics: Output[Metrics],
+    report: Output[HTML],
+    summary: Output[Markdown],
+    run_id: str = "",
+    run_name: str = "",
+    priority: str = "",
 ) -> None:
     """Continual pretraining."""
-    from m1.launch import run_component
+    from m1.launch import StageArtifacts, run_component
+    from m1.launcher.job import RunLabels
 
-    run_component("pretrain", recipe, inputs={"data": data}, output=output)
+    run_component(
+        "pretrain",
+        recipe,
+        inputs={"data": data},
+        output=output,
+        artifacts=StageArtifacts(metrics, report, summary),
+        run=RunLabels(run_id, run_name, priority),
+    )

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from m1 import (
     cli_chat,
+    cli_ci,
+    cli_cluster,
     cli_convert,
     cli_curate,
     cli_grade,
@@ -34,6 +36,7 @@ app.add_typer(cli_recipe.app, name="recipe")
 cli_sandbox_swe.register(cli_sandbox.app)
 app.add_typer(cli_sandbox.app, name="sandbox")
 app.add_typer(cli_rollouts.app, name="rollouts")
+app.add_typer(cli_ci.app, name="ci")
 app.command(name="plan")(cli_plan.plan)
 app.command()(cli_convert.convert)
 app.command()(cli_serve.serve)
@@ -41,6 +44,7 @@ app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
 app.command()(cli_curate.calibrate)
+cli_cluster.register(app)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")
@@ -93,11 +97,19 @@ def compile_(
         "pipeline.yaml"
     ),
     overrides: Overrides = None,
+    only: Annotated[str, typer.Option(help="data, rl or evaluate; absent: all stages.")] = "",
+    manifests: Annotated[
+        str, typer.Option(metavar="NAMESPACE", help="Write Pipeline and PipelineVersion objects.")
+    ] = "",
 ) -> None:
-    """Write the pipeline as KFP IR YAML."""
+    """Write the pipeline as KFP IR YAML, or as manifests for kubectl and GitOps."""
     from m1.pipeline import load_pipelines
 
-    load_pipelines("compile").compile_pipeline(_load(recipe, overrides), output)
+    compiling, loaded = load_pipelines("compile"), _load(recipe, overrides)
+    if manifests:
+        compiling.compile_manifests(loaded, output, only, namespace=manifests)
+    else:
+        compiling.compile_pipeline(loaded, output, only)
     Console().print(f"wrote {output}")
 
 

@@ -1,18 +1,21 @@
 """From a stage's name to the code that runs it; what components and the command line call."""
 
+import contextlib
 import importlib
 import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m1 import ranks
-from m1.config.schema import Recipe
-from m1.config.stages import parents_of, rl_config, stage_kind, stages_of
+from m1.config.schema import Recipe, ResourcesConfig, TrackingConfig
+from m1.config.stages import parents_of, rl_config, stage_hashes, stage_kind, stages_of
+from m1.launcher.cluster import Cluster, is_inside
+from m1.launcher.job import Launcher, RunLabels, StageJob
+from m1.launcher.torchrun import TorchrunLauncher
 from m1.stage import StageBody, StageContext, StageOutput, execute, finished
 from m1.types import M1Error, Pointer
 
@@ -29,10 +32,21 @@ BODIES = {
 torch."""
 
 
-def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None = None) -> Pointer:
+def run_stage(
+    name: str,
+    recipe: Recipe,
+    *,
+    inputs: Mapping[str, Pointer] | None = None,
+    launcher: Launcher | None = None,
+) -> Pointer:
     """Run one stage of a recipe, or find it done.
 
-    A stage whose layout has several processes gets them on this machine, by torchrun.
+    Args:
+        name: The stage.
+        recipe: The recipe.
+        inputs: Pointers of earlier stages; absent: found by their hashes.
+        launcher: Starts the stage's processes; absent: torchrun on this machine, where the stage's
+            layout has several.
 
     Raises:
         M1Error: The recipe has no such stage, or the stage could not run.
@@ -41,8 +55,10 @@ def run_stage(name: str, recipe: Recipe, *, inputs: Mapping[str, Pointer] | None
         raise M1Error(
             f"recipe {recipe.name} has no stage {name!r}; it has: {', '.join(stages_of(recipe))}"
         )
-    if num_processes(name, recipe) > 1 and finished(name, recipe) is None:
-        return ranks.run(name, recipe, inputs=inputs, num_processes=num_processes(name, recipe))
+    processes = num_processes(name, recipe)
+    if (processes > 1 or launcher is not None) and finished(name, recipe) is None:
+        starts = launcher or TorchrunLauncher()
+        return starts.run(StageJob(name, recipe, inputs, processes))
     return execute(name, recipe, partial(run_body, name), inputs=inputs)
 
 
@@ -89,17 +105,42 @@ def _ancestors(name: str, recipe: Recipe) -> list[str]:
     return [stage for stage in stages_of(recipe) if stage in needed]
 
 
-def run_component(name: str, recipe_json: str, *, inputs: Mapping[str, Any], output: Any) -> None:
+@dataclass(frozen=True)
+class StageArtifacts:
+    """Output artifacts of a component, which KFP's UI shows."""
+
+    metrics: Any
+    """`Metrics`: the stage's last numbers."""
+    report: Any
+    """`HTML`: its curves and tables."""
+    summary: Any
+    """`Markdown`: what came of it, in a few lines."""
+
+
+def run_component(
+    name: str,
+    recipe_json: str,
+    *,
+    inputs: Mapping[str, Any],
+    output: Any,
+    artifacts: StageArtifacts,
+    run: RunLabels | None = None,
+) -> None:
     """Body of a KFP component: pointers of earlier stages in, this stage's pointer out.
 
     Args:
         name: The stage.
-        recipe_json: The resolved recipe as JSON.
+        recipe_json: The resolved recipe as JSON, as `m1.resolving` hands it on.
         inputs: KFP input artifacts by the kind of stage; None for stages that the recipe leaves
             out. One of kind `rl` is the last length stage before this one.
         output: KFP output artifact; its file becomes the pointer, its metadata name the uri.
+        artifacts: What else the UI shows.
+        run: The run it belongs to; given where the stage makes objects in a cluster.
+
+    Raises:
+        M1Error: The stage could not run, or was given the result of another recipe.
     """
-    recipe = Recipe.model_validate_json(recipe_json)
+    recipe = stage_recipe(name, with_places(Recipe.model_validate_json(recipe_json)))
     given = (
         Pointer(**json.loads(Path(artifact.path).read_text()))
         for artifact in inputs.values()
@@ -111,12 +152,93 @@ def run_component(name: str, recipe_json: str, *, inputs: Mapping[str, Any], out
         found = None if parent in pointers else finished(parent, recipe)
         if found is not None:
             pointers[parent] = found
-    pointer = run_stage(name, recipe, inputs=pointers)
+    _refuse_strangers(recipe, pointers)
+    pointer = _run_in_place(name, recipe, pointers, run or RunLabels())
     Path(output.path).parent.mkdir(parents=True, exist_ok=True)
     Path(output.path).write_text(json.dumps(asdict(pointer)))
     output.metadata["uri"] = pointer.uri
     output.metadata["digest"] = pointer.digest
     output.metadata["stage_hash"] = pointer.stage_hash
+    _show(recipe, pointer, artifacts)
+
+
+PLACES_VARIABLE = "M1_PLACES"
+"""Tables of the recipe that KFP's cache key must not cover, as JSON, set when it is compiled."""
+
+
+def with_places(recipe: Recipe) -> Recipe:
+    """The recipe with the tables that came by the environment, beside the parameters."""
+    given = os.environ.get(PLACES_VARIABLE)
+    if given is None:
+        return recipe
+    places = json.loads(given)
+    changes: dict[str, Any] = {}
+    for name, table in (("tracking", TrackingConfig), ("resources", ResourcesConfig)):
+        if name in places:
+            changes[name] = table.model_validate(places[name])
+    if "image" in places:
+        changes["image"] = places["image"]
+    return recipe.model_copy(update=changes)
+
+
+def tear_down_run(run_id: str) -> None:
+    """Body of the component `teardown`: delete what a run made in the cluster."""
+    if not is_inside():
+        return  # a run on one machine made nothing there
+    from m1.launcher.teardown import tear_down
+
+    given = json.loads(os.environ.get(PLACES_VARIABLE, "{}"))
+    resources = ResourcesConfig.model_validate(given.get("resources", {}))
+    for deleted in tear_down(Cluster(resources.trainer.namespace), run_id):
+        print(f"deleted {deleted}")
+
+
+def _run_in_place(
+    name: str, recipe: Recipe, inputs: Mapping[str, Pointer], run: RunLabels
+) -> Pointer:
+    """Run a stage here, or where its resources say if this is a pod of a cluster."""
+    resources, kind = recipe.resources, stage_kind(name)
+    if not (is_inside() and resources.makes_objects(kind)) or finished(name, recipe) is not None:
+        return run_stage(name, recipe, inputs=inputs)
+    from m1.launcher.rollout import surroundings
+    from m1.launcher.trainjob import TrainJobLauncher, cancelled_by_signals
+    from m1.rollout.discovery import SERVERS_VARIABLE
+
+    cluster = Cluster(resources.trainer.namespace)
+    launcher = None
+    if resources.launcher(kind) == "trainjob":
+        launcher = TrainJobLauncher(cluster, run=run)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cancelled_by_signals())
+        if kind == "rl":
+            servers = stack.enter_context(surroundings(name, recipe, cluster, run=run))
+            if servers is not None:
+                os.environ[SERVERS_VARIABLE] = servers
+        return run_stage(name, recipe, inputs=inputs, launcher=launcher)
+
+
+def _refuse_strangers(recipe: Recipe, pointers: Mapping[str, Pointer]) -> None:
+    """Refuse results that KFP's cache handed on although they belong to another recipe."""
+    hashes = stage_hashes(recipe)
+    for stage, pointer in pointers.items():
+        if hashes.get(stage, pointer.stage_hash) != pointer.stage_hash:
+            raise M1Error(
+                f"the result of stage {stage} has hash {pointer.stage_hash[:12]}, but this "
+                f"recipe's is {hashes[stage][:12]}: KFP handed on a cached one; remove or change "
+                f"resources.{stage_kind(stage)}.cache_key"
+            )
+
+
+def _show(recipe: Recipe, pointer: Pointer, artifacts: StageArtifacts) -> None:
+    """Write what the UI shows of a finished stage."""
+    from m1.evaluate.stage_page import show_stage
+
+    page = show_stage(recipe, pointer)
+    for name, value in page.metrics.items():
+        artifacts.metrics.log_metric(name, value)
+    for artifact, text in ((artifacts.report, page.html), (artifacts.summary, page.markdown)):
+        Path(artifact.path).parent.mkdir(parents=True, exist_ok=True)
+        Path(artifact.path).write_text(text, encoding="utf-8")
 
 
 def finished_stages(recipe: Recipe) -> dict[str, Pointer]:

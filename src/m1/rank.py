@@ -1,4 +1,4 @@
-"""One rank of a stage: `python -m m1.rank FOLDER`, started by `m1.ranks` through torchrun."""
+"""One rank of a stage: `python -m m1.rank FOLDER`, started by `m1.launcher`."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m1.config.schema import Recipe
 from m1.launch import run_body
-from m1.ranks import FAILURE, JOB
+from m1.launcher.job import FAILURE, JOB
 from m1.stage import assist, execute
 from m1.storage import atomic_write
 from m1.types import M1Error, Pointer

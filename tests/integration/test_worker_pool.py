@@ -12,6 +12,7 @@ from m1.config.schema import SamplingConfig
 from m1.inference.client import EngineUnavailableError, HttpEngine
 from m1.inference.engine import Request
 from m1.inference.weights import publish
+from m1.rollout.discovery import Discovery
 from m1.rollout.serving import GivenServer, ServedProcess
 from m1.rollout.workers import WorkerPool
 from m1.types import M1Error
@@ -162,3 +163,25 @@ def test_a_worker_that_cannot_start_says_where_its_words_are(tmp_path):
     with pytest.raises(EngineUnavailableError, match=r"ended with status .*log"):
         worker.connect()
     assert "nothing" in (tmp_path / "log").read_text()
+
+
+def test_a_server_that_appears_behind_a_name_joins_with_the_newest_weights(
+    urls, served_model, tmp_path
+):
+    """`localhost` stands for a name whose pods become ready one after the other."""
+    first, second = (server.url for server in urls)
+    pool, _ = opened([GivenServer(first, engine=engine)])
+    publish(served_model, str(tmp_path), version=7)
+    pool.load_weights(str(tmp_path), 7)
+    name = second.replace("127.0.0.1", "localhost").replace("http://", "dns+http://")
+    finder = Discovery(
+        pool,
+        [first, name],
+        [first],
+        worker=lambda url: GivenServer(url, engine=engine),
+        look_seconds=0.05,
+    )
+    wait_for(lambda: len([s for s in pool._slots if s.engine is not None]) >= 2)
+    assert engine(second).policy_version == 7
+    finder.close()
+    pool.close()

@@ -3,6 +3,7 @@
 Every mistake that can be found is reported together, so that a recipe is mended in one pass.
 """
 
+import copy
 import difflib
 import json
 import re
@@ -59,6 +60,23 @@ def load_recipe(paths: Sequence[Path], *, overrides: Sequence[str] = ()) -> Reci
             unreadable.append(str(error))
     if unreadable:
         raise RecipeError(origin, unreadable)
+    return parse_recipe(merged, overrides=overrides, origin=origin)
+
+
+def parse_recipe(
+    table: Mapping[str, Any], *, overrides: Sequence[str] = (), origin: str = "the recipe"
+) -> Recipe:
+    """Override and validate a recipe that was read already.
+
+    Args:
+        table: Its tables.
+        overrides: As in `load_recipe`.
+        origin: Where it comes from, for messages.
+
+    Raises:
+        RecipeError: With every mistake.
+    """
+    merged = copy.deepcopy(dict(table))
     mistakes = []
     for override in overrides:
         try:

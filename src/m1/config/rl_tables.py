@@ -121,7 +121,9 @@ class RolloutConfig(Config):
     """`m1 serve` processes that the stage starts beside itself, each with its own copy of the
     weights; 0: the engine in the trainer's process, or `urls`."""
     urls: tuple[str, ...] = ()
-    """Running `m1 serve`s of the same model, which must be able to read the stage's folder."""
+    """Running `m1 serve`s of the same model, which must be able to read the stage's folder.
+    `dns+http://NAME:PORT` stands for all that the name resolves to, now and later; `cluster` for
+    those of `resources.rollout`."""
     max_policy_lag: PositiveInt | None = None
     """Largest difference in policy versions (updates) between the weights that begin to train on a
     token and those that sampled it; older groups are dropped. Absent in `async`: two batches'

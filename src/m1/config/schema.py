@@ -34,6 +34,7 @@ from m1.config.model_tables import (
     MoeConfig,
     ResidualConfig,
 )
+from m1.config.resource_tables import CiConfig, ResourcesConfig, resource_mistakes
 from m1.config.rl_course_tables import (
     CurriculumConfig,
     CurriculumSourceConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "AlarmConfig",
     "BenchmarkConfig",
     "BranchScales",
+    "CiConfig",
     "CleaningConfig",
     "Config",
     "CurriculumConfig",
@@ -93,6 +95,7 @@ __all__ = [
     "RegisterConfig",
     "RepetitionStopConfig",
     "ResidualConfig",
+    "ResourcesConfig",
     "RewardConfig",
     "RewardServiceConfig",
     "RlConfig",
@@ -120,6 +123,11 @@ class StorageConfig(Config):
     are uploaded."""
     scratch: str = "runs"
     """Local folder for work in progress and downloaded inputs when `root` is on S3."""
+
+    @property
+    def work_folder(self) -> str:
+        """Where stages work: `scratch` beside S3, else `root`."""
+        return self.scratch if self.root.startswith("s3://") else self.root
 
 
 class TrackingConfig(Config):
@@ -190,6 +198,10 @@ class Recipe(Config):
     """Artifact storage."""
     tracking: TrackingConfig = TrackingConfig()
     """Lineage store."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """What stages ask of a cluster."""
+    ci: CiConfig = CiConfig()
+    """Continuous integration."""
     data: DataConfig
     """Data stage."""
     sandbox: SandboxConfig | None = None
@@ -225,6 +237,9 @@ class Recipe(Config):
                     f"{name}.parallel.{text}"
                     for text in layout_mistakes(self.model, stage.parallel)
                 ]
+        texts += resource_mistakes(
+            self.resources, self._world_sizes(), work_folder=self.storage.work_folder
+        )
         if self.rl is not None and not any(task.num_rl for task in self.data.tasks):
             texts.append(
                 "rl is present, but no entry of data.tasks has num_rl > 0; add tasks for RL"
@@ -236,8 +251,18 @@ class Recipe(Config):
         if self.rl is not None:
             texts += self._rl_source_mistakes(self.rl)
             texts += self._replay_mistakes(self.rl)
+            if self.resources.rollout is not None and "cluster" not in self.rl.rollout.urls:
+                texts.append(
+                    "resources.rollout makes inference servers, but rl.rollout.urls does not name "
+                    "them; set it to ['cluster'] or remove the table"
+                )
         refuse(texts)
         return self
+
+    def _world_sizes(self) -> dict[str, int]:
+        """Processes of each stage with a parallel layout, by its kind."""
+        stages = {"pretrain": self.pretrain, "sft": self.sft, "rl": self.rl}
+        return {n: s.parallel.world_size for n, s in stages.items() if s is not None}
 
     def _replay_mistakes(self, rl: RlConfig) -> list[str]:
         if rl.routing_replay == "off" or self.model.moe is not None:

@@ -120,14 +120,18 @@ def rl_config(stage: str, recipe: Recipe) -> RlConfig:
     )
 
 
+PLACES = ("storage", "tracking", "resources", "ci")
+"""Tables that say where a recipe runs and what becomes of it, not what it computes."""
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces: one text for one value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 of what the recipe computes (no storage, no tracking) and of the code that does it."""
-    dumped = recipe.model_dump(mode="json", by_alias=True, exclude={"storage", "tracking"})
+    """sha256 of what the recipe computes and of the code that does it, wherever it runs."""
+    dumped = recipe.model_dump(mode="json", by_alias=True, exclude=set(PLACES))
     return _sha256({"recipe": dumped, "image": image_digest()})
 
 
@@ -183,14 +187,18 @@ _NOT_COMPUTING = frozenset(
         "cli_recipe.py",
         "cli_rollouts.py",
         "cli_sandbox_swe.py",
+        "cli_cluster.py",
+        "cli_ci.py",
+        "recipe_changes.py",
         "config",
         "doctor.py",
         "doctor_remote.py",
         "launch.py",
+        "launcher",
         "pipeline.py",
         "plan",
         "rank.py",
-        "ranks.py",
+        "resolving.py",
         "tracking",
         "ui.py",
     }

@@ -172,9 +172,9 @@ class PretrainConfig(TrainConfig):
     num_steps: NonNegativeInt
     """Optimizer steps; 0 hands `start` on as it is."""
     start: str | None = None
-    """Folder of a checkpoint to continue from, as `m1 convert` and every training stage write it
-    (the paper continues from MiniMax-Text-01); its path is part of the stage hash, its content is
-    not. Absent: random weights."""
+    """Folder of a checkpoint to continue from, also `s3://bucket/folder`, as `m1 convert` and every
+    training stage write it (the paper continues from MiniMax-Text-01); its path is part of the
+    stage hash, its content is not. Absent: random weights."""
 
     @model_validator(mode="after")
     def _has_weights(self) -> Self:

@@ -125,6 +125,15 @@ class WorkerPool:
                 for future in [threads.submit(load, *pair) for pair in living]:
                     future.result()
 
+    def join(self, worker: Worker) -> None:
+        """Take in a further worker, beside; it gets the newest weights before requests."""
+        slot = _Slot(worker, error="it has not answered yet")
+        with self._changed:
+            if self._is_closed:
+                return
+            self._slots.append(slot)
+        threading.Thread(target=self._revive, args=(slot,), daemon=True).start()
+
     def close(self) -> None:
         """End the workers that were started here; requests under way find no other.
 

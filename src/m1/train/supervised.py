@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from filelock import FileLock
 
 from m1.config.layout import padded_vocab
 from m1.config.schema import ModelConfig, Recipe, RlConfig, TrainConfig
@@ -16,6 +17,7 @@ from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
 from m1.model.parallel import initialize
 from m1.stage import StageContext, StageOutput
+from m1.storage import open_storage
 from m1.train.batches import row_batches, rows_of_step
 from m1.train.schedule import learning_rate
 from m1.train.trainer import Trainer, cross_entropy
@@ -30,7 +32,7 @@ def pretrain(context: StageContext, recipe: Recipe) -> StageOutput:
     """Continual pretraining (paper sec. 2.1) on packed text."""
     config = recipe.pretrain
     trainer = make_trainer(context, recipe.model, config, seed=recipe.seed)
-    start = None if config.start is None else partial(checkpoint.inside, Path(config.start))
+    start = None if config.start is None else partial(_given, context, config.start)
     return train_on_rows(
         context, trainer, config, dataset="pretrain", seed=recipe.seed, start=start
     )
@@ -48,6 +50,18 @@ def sft(context: StageContext, recipe: Recipe) -> StageOutput:
         seed=recipe.seed,
         start=lambda: checkpoint.inside(context.path_of("pretrain")),
     )
+
+
+def _given(context: StageContext, start: str) -> Path:
+    """The checkpoint that a recipe names, downloaded from S3 if it lies there."""
+    if not start.startswith("s3://"):
+        return checkpoint.inside(Path(start))
+    folder = context.folder / "start"
+    with FileLock(context.folder / ".start.lock"):  # ranks ask at once
+        if not folder.exists():
+            root, _, name = start.rstrip("/").rpartition("/")
+            open_storage(root).download_folder(name, folder)
+    return checkpoint.inside(folder)
 
 
 def make_trainer(

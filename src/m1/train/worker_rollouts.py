@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +13,11 @@ from m1.inference import weights
 from m1.inference.client import HttpEngine
 from m1.model.hf.checkpoints import model_toml
 from m1.rollout.asynchronous import AsyncRollouts, SampleOne
+from m1.rollout.discovery import Discovery, expand
 from m1.rollout.filtering import SampledBatch, screen
 from m1.rollout.groups import requests_for, score_groups
 from m1.rollout.journal import Journal
-from m1.rollout.serving import GivenServer, ServedProcess
+from m1.rollout.serving import Connect, GivenServer, ServedProcess
 from m1.rollout.workers import Worker, WorkerPool
 from m1.storage import atomic_write
 from m1.train.sampling import Parts, Rollouts, synchronous
@@ -91,13 +93,18 @@ def with_workers(
 
 def _open_pool(parts: Parts, parent: Path, stack: ExitStack) -> WorkerPool:
     rollout, context = parts.config.rollout, parts.context
-    pool = WorkerPool(_workers(parts, parent), max_attempts=rollout.max_attempts, warn=context.warn)
+    workers = _workers(parts, parent)
+    pool = WorkerPool(workers, max_attempts=rollout.max_attempts, warn=context.warn)
     stack.callback(shutil.rmtree, context.folder / "weights", ignore_errors=True)
     stack.callback(pool.close)
+    given = partial(GivenServer, engine=_connect(parts))
+    known = [worker.name for worker in workers]
+    stack.callback(Discovery(pool, rollout.urls, known, worker=given).close)
     return pool
 
 
-def _workers(parts: Parts, parent: Path) -> list[Worker]:
+def _connect(parts: Parts) -> Connect:
+    """Makes the client of a worker."""
     config = parts.config.rollout
 
     def engine(url: str, token: str | None) -> HttpEngine:
@@ -111,8 +118,13 @@ def _workers(parts: Parts, parent: Path) -> list[Worker]:
             recompute_on_update=config.on_update == "recompute",
         )
 
+    return engine
+
+
+def _workers(parts: Parts, parent: Path) -> list[Worker]:
+    config, engine = parts.config.rollout, _connect(parts)
     if config.urls:
-        return [GivenServer(url, engine=engine) for url in config.urls]
+        return [GivenServer(url, engine=engine) for url in expand(config.urls)]
     folder = parts.context.folder / "worker"
     folder.mkdir(exist_ok=True)
     link = folder / "checkpoint"
