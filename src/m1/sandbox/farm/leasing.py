@@ -9,11 +9,10 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox.base import (
     Backend,
+    ClosedAtExit,
     Environment,
     Limits,
     SandboxError,
@@ -47,7 +46,7 @@ class FarmConfig:
     """A cluster ends what was not renewed for three times as long."""
 
 
-class Farm:
+class Farm(ClosedAtExit):
     """Leases of sandboxes; threads share it, and it must be closed."""
 
     def __init__(
@@ -135,19 +134,6 @@ class Farm:
             held.close()
         self._keeper.join()
         self._warm.close()
-
-    def __enter__(self) -> Self:
-        """The farm itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def released(self, held: Lease) -> None:
         """Make room for the next; called by the lease."""
