@@ -76,6 +76,8 @@ def reporter(pytest, send, changes, only, done):
 
         def pytest_runtest_logreport(self, report):
             outcome = report.outcome
+            if outcome != "failed" and hasattr(report, "context"):
+                return  # of a subtest: the test itself still goes on
             message = _text(report) if outcome != "passed" else ""
             send(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
 
