@@ -118,7 +118,7 @@ def _run(
     )
 
 
-def _not_executed(program: str, said: bytes) -> int | None:
+def _not_executed(program: str, said: bytearray) -> int | None:
     """The status of a shell where bubblewrap, which alone has spoken yet, cannot execute."""
     if not said.startswith(f"bwrap: execvp {program}: ".encode()):
         return None
