@@ -372,6 +372,8 @@ def test_the_commands_validate_and_grade_what_was_built(instance, store, m1, tmp
     assert valid.returncode == 0 and json.loads(valid.stdout)[0]["is_valid"]
     absent = m1("sandbox", "grade", f"{store.root / 'instances.jsonl'}::other", os.devnull)
     assert absent.returncode == 1 and "no instance other" in absent.stderr
+    unknown = m1("sandbox", "grade", str(file), str(gold), "--backend", "docker")
+    assert unknown.returncode == 1 and "no backend 'docker'" in unknown.stderr
 
 
 def test_disk_use_counts_what_layers_share_once(store, instance):

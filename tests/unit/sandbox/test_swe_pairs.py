@@ -1,5 +1,6 @@
 """The five given pairs of releases: built from the package index, validated, and graded."""
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hostile_patches import hostile_patches
 from m1.sandbox import bubblewrap
 from m1.sandbox.local import BubblewrapBackend
 from m1.swe.builder import Pair
-from m1.swe.building import build_rows, is_reachable, read_rows
+from m1.swe.building import Outcome, build_rows, is_reachable, read_rows, write_outcome
 from m1.swe.grade import grade, reward
 from m1.swe.releases import PackageIndex
 from m1.swe.store import EnvironmentStore
@@ -112,3 +113,18 @@ def test_a_hostile_patch_resolves_no_given_pair_in_a_cluster(
     attack, instance, store, kubernetes_backend
 ):
     check_refusal(attack, instance, store, kubernetes_backend)
+
+
+@pytest.mark.cluster
+@pytest.mark.exhaustive
+def test_the_command_grades_in_a_cluster(
+    instance, store, cluster, kubernetes_backend, m1, tmp_path
+):
+    write_outcome(store.root, Outcome(instances=[instance]), store)
+    gold = tmp_path / "gold.patch"
+    gold.write_text(instance.patch)
+    file = store.root / "instances" / f"{instance.instance_id}.json"
+    where = ("--backend", "kubernetes", "--kubeconfig", cluster.kubeconfig)
+    graded = m1("sandbox", "grade", str(file), str(gold), "--json", *where)
+    assert graded.returncode == 0, graded.stderr
+    assert json.loads(graded.stdout)["resolved"] is True

@@ -47,7 +47,10 @@ class FarmConfig:
 
 
 class Farm(ClosedAtExit):
-    """Leases of sandboxes; threads share it, and it must be closed."""
+    """Leases of sandboxes; threads share it, and it must be closed.
+
+    Itself a `base.Backend`, whose sandboxes are leases.
+    """
 
     def __init__(
         self,
@@ -123,6 +126,21 @@ class Farm(ClosedAtExit):
             self._leases.add(held)
             self._count()
         return held
+
+    @property
+    def name(self) -> str:
+        """The backend's."""
+        return self.backend.name
+
+    def open(
+        self, environment: Environment | None = None, *, limits: Limits | None = None
+    ) -> Lease:
+        """A lease, however long it takes to get one; see `lease`."""
+        return self.lease(environment, limits=limits)
+
+    def collect_garbage(self) -> int:
+        """The backend's."""
+        return self.backend.collect_garbage()
 
     def close(self) -> None:
         """Close every sandbox; callers that wait are refused."""
