@@ -186,6 +186,9 @@ ATTACKS = {
     "replaces the call": patch_with(
         "import _pytest.python as p\np.Function.runtest = lambda self: None"
     ),
+    "exchanges the call's code": patch_with(
+        "import _pytest.python as p\np.Function.runtest.__code__ = (lambda self: None).__code__"
+    ),
     "swallows exceptions": patch_with(
         "import _pytest.runner as r\n"
         "make = r.TestReport.from_item_and_call\n"
