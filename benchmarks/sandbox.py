@@ -14,7 +14,6 @@ load of the machine is recorded, because the figures mean nothing without it.
 
 import argparse
 import asyncio
-import contextlib
 import os
 import resource
 import shlex
@@ -204,10 +203,12 @@ def peers(podman: str, image: str) -> dict[str, tuple[Episode, Episode]]:
     if find_spec("swerex"):
         found["swe-rex local"] = swe_rex("true"), swe_rex(FILL + SCRIPT)
     if shutil.which("podman"):
-        with contextlib.suppress(subprocess.CalledProcessError):
-            start = podman_run(podman, image, "true")
+        start = podman_run(podman, image, "true")
+        try:
             start()
             found["podman"] = start, podman_run(podman, image, FILL + SCRIPT)
+        except subprocess.CalledProcessError as error:
+            print("podman cannot start containers here:", error.stderr.decode()[-500:])
     return found
 
 
