@@ -314,6 +314,36 @@ def test_frozen():
     assert [o.outcome for o in run.tests.values()] == ["passed"], run
 
 
+def test_a_test_of_subtests_reaches_its_last_line_or_fails(instance, store, backend):
+    test = b"""
+import unittest
+
+class Tests(unittest.TestCase):
+    def test_passing(self):
+        for number in range(3):
+            with self.subTest(number=number):
+                self.assertLess(number, 3)
+
+    def test_one_fails(self):
+        for number in range(3):
+            with self.subTest(number=number):
+                self.assertLess(number, 2)
+
+    def test_one_is_skipped(self):
+        for number in range(2):
+            with self.subTest(number=number):
+                if number:
+                    self.skipTest("no")
+"""
+    name = "tests/test_subtests.py"
+    run = run_suite(instance.environment, store, backend, tests={name: test}, files=[name])
+    found = {t.rpartition("::")[2]: (o.outcome, o.is_proven) for t, o in run.tests.items()}
+    assert found["test_passing"] == ("passed", True)
+    assert found["test_one_fails"][0] == "failed"
+    assert found["test_one_is_skipped"] == ("passed", True)
+    assert run.problems == ()
+
+
 def test_places_are_graded_against_the_solution(instance, store):
     found = localise(
         instance, store, files=["ranges.py", "setup.py"], functions=["ranges.py::parse"]
