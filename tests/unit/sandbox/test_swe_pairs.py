@@ -102,6 +102,7 @@ def test_a_hostile_patch_resolves_no_given_pair(attack, instance, store, local):
 
 
 @pytest.mark.cluster
+@pytest.mark.exhaustive
 def test_gold_resolves_a_given_pair_in_a_cluster(instance, store, kubernetes_backend):
     check_verdicts(instance, store, kubernetes_backend)
 
