@@ -1,20 +1,22 @@
 """How fast sandboxes start, and how many episodes a second they carry, beside their peers.
 
-    python -m benchmarks.sandbox [--json OUT] [--starts 50] [--episodes 40] [--image IMAGE]
+    python -m benchmarks.sandbox [--json OUT] [--starts 50] [--episodes 40] [--grades 20]
+                                 [--podman 'podman --storage-driver overlay'] [--image IMAGE]
 
 Start: from nothing to the end of a first command that does nothing. Episode: open, put a package
 and its test, edit, run the test, read the diff, close. Peers on the same machine in the same
 minutes, where installed: SWE-ReX local deployment (`pip install swe-rex`; no isolation at
 all) and podman with the limits of ours (needs an image with python3, `--image`). `python` is the
-episode's test as a plain process: what no sandbox can go below. The load of the machine is
-recorded, because the figures mean nothing without it.
+episode's test as a plain process: what no sandbox can go below. Grade: the gold patch of our own
+small instance, from nothing to the verdict, in turn with `python -m pytest` on its mended tree. The
+load of the machine is recorded, because the figures mean nothing without it.
 """
 
 import argparse
 import asyncio
-import contextlib
 import os
 import resource
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -31,6 +33,11 @@ from m1.sandbox import bubblewrap, cgroup
 from m1.sandbox.base import Limits
 from m1.sandbox.farm.leasing import Farm, FarmConfig
 from m1.sandbox.local import BubblewrapBackend, can_overlay
+from m1.swe import sample
+from m1.swe.builder import build_releases
+from m1.swe.grade import grade
+from m1.swe.python import interpreter
+from m1.swe.store import EnvironmentStore
 
 PARALLEL = (1, 2, 4, 8)
 LIMITS = Limits(cpu_seconds=20, wall_seconds=60, memory_mib=256, scratch_mib=16, num_files=2000)
@@ -74,10 +81,11 @@ def plain_episode() -> None:
         subprocess.run(["sh", "-c", FILL + SCRIPT], cwd=folder, check=True, capture_output=True)
 
 
-def podman_run(image: str, script: str) -> Episode:
+def podman_run(program: str, image: str, script: str) -> Episode:
     """One container for one script, with bounds like ours."""
     command = [
-        *("podman", "--runtime", "runc", "run", "--rm", "--network", "none", "--read-only"),
+        *shlex.split(program),
+        *("--runtime", "runc", "run", "--rm", "--network", "none", "--read-only"),
         *("--tmpfs", "/work:size=16m,mode=1777", "--workdir", "/work", "--memory", "256m"),
         *("--memory-swap", "256m", "--pids-limit", "64", "--cap-drop", "ALL", "--user", "1000"),
         *("--security-opt", "no-new-privileges", "--ulimit", "nofile=20000:20000"),
@@ -152,7 +160,42 @@ def warm_start(backend: BubblewrapBackend, number: int) -> dict[str, float]:
         return quantiles(run, number)
 
 
-def peers(image: str) -> dict[str, tuple[Episode, Episode]]:
+def grading(backend: BubblewrapBackend, number: int) -> dict[str, float]:
+    """Milliseconds of a whole grade, and of pytest by itself on the same tree and tests."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        store = EnvironmentStore(Path(folder) / "store")
+        releases = sample.release("0.1.0"), sample.release("0.1.1")
+        instance = build_releases(*releases, store, backend).instance
+        tree = Path(folder) / "tree"
+        for name, data in releases[1].files.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(data)
+        site = store.folder("sites", instance.environment.site)
+        variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{site}:{tree}"}
+        variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        command = [*interpreter(store).command, "-s", "-B", "-m", "pytest", "-q"]
+        command += ["-p", "no:cacheprovider", *instance.environment.test_files]
+
+        def ours() -> None:
+            assert grade(instance, instance.patch, store, backend).resolved
+
+        def plain() -> None:
+            subprocess.run(command, cwd=tree, env=variables, check=True, capture_output=True)
+
+        taken: dict[Episode, list[float]] = {ours: [], plain: []}
+        for episode in [ours, plain] * number:
+            started = time.perf_counter()
+            episode()
+            taken[episode].append(1e3 * (time.perf_counter() - started))
+    found = {name: statistics.median(taken[e]) for name, e in (("grade", ours), ("pytest", plain))}
+    return {
+        "grade_p50_ms": found["grade"],
+        "pytest_p50_ms": found["pytest"],
+        "overhead_fraction": found["grade"] / found["pytest"] - 1,
+    }
+
+
+def peers(podman: str, image: str) -> dict[str, tuple[Episode, Episode]]:
     """Start and episode of what is installed here."""
     found: dict[str, tuple[Episode, Episode]] = {
         "python": (lambda: subprocess.run(["true"], check=True) and None, plain_episode)
@@ -160,10 +203,12 @@ def peers(image: str) -> dict[str, tuple[Episode, Episode]]:
     if find_spec("swerex"):
         found["swe-rex local"] = swe_rex("true"), swe_rex(FILL + SCRIPT)
     if shutil.which("podman"):
-        with contextlib.suppress(subprocess.CalledProcessError):
-            start = podman_run(image, "true")
+        start = podman_run(podman, image, "true")
+        try:
             start()
-            found["podman"] = start, podman_run(image, FILL + SCRIPT)
+            found["podman"] = start, podman_run(podman, image, FILL + SCRIPT)
+        except subprocess.CalledProcessError as error:
+            print("podman cannot start containers here:", error.stderr.decode()[-500:])
     return found
 
 
@@ -173,10 +218,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--episodes", type=int, default=40)
+    parser.add_argument("--grades", type=int, default=20)
+    parser.add_argument("--podman", default="podman", help="with its global options")
     parser.add_argument("--image", default="localhost/python:1")
     arguments = parser.parse_args()
     backend = BubblewrapBackend()
-    runs = {"bubblewrap": (ours_start(backend), ours_episode(backend)), **peers(arguments.image)}
+    ours = ours_start(backend), ours_episode(backend)
+    runs = {"bubblewrap": ours, **peers(arguments.podman, arguments.image)}
     rows: dict[str, dict[str, Any]] = {}
     for name, (start, episode) in runs.items():
         load = os.getloadavg()[0]
@@ -187,6 +235,8 @@ def main() -> None:
         print(name, rows[name], flush=True)
     rows["bubblewrap"]["warm_start"] = warm_start(backend, arguments.starts)
     print("warm", rows["bubblewrap"]["warm_start"])
+    rows["bubblewrap"]["grade"] = grading(backend, arguments.grades)
+    print("grade", rows["bubblewrap"]["grade"])
     about = {
         "cores": os.cpu_count(),
         "cgroup": cgroup.version(),

@@ -1,7 +1,10 @@
 """`m1 sandbox build | validate | grade`: software engineering tasks, from releases to verdicts."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +15,7 @@ from rich.table import Table
 from m1.types import M1Error
 
 if TYPE_CHECKING:
-    from m1.sandbox.base import Backend
+    from m1.sandbox.farm.leasing import Farm
     from m1.swe.instance import Instance
     from m1.swe.store import EnvironmentStore
 
@@ -26,6 +29,16 @@ Find = Annotated[
 Mutants = Annotated[
     list[str] | None,
     typer.Option(help="Also break this release, as NAME==VERSION; may be repeated."),
+]
+
+
+BackendName = Annotated[
+    str, typer.Option(help="bubblewrap | kubernetes | agent-sandbox; what runs the tests.")
+]
+Namespace = Annotated[str, typer.Option(help="Of the cluster.")]
+Kubeconfig = Annotated[str | None, typer.Option(help="File; otherwise KUBECONFIG or the pod's.")]
+Image = Annotated[
+    str, typer.Option(help="OCI image with git and this Python, in a cluster; else its default.")
 ]
 
 
@@ -47,27 +60,22 @@ def build(
     mutants: Mutants = None,
     num_mutants: Annotated[int, typer.Option(help="Valid mutants wanted of each release.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the choice of mutations.")] = 1,
+    backend: BackendName = "bubblewrap",
+    namespace: Namespace = "m1-sandbox",
+    kubeconfig: Kubeconfig = None,
+    image: Image = "",
 ) -> None:
     """Build instances from source releases of a package index, and keep those that validate."""
     from m1.swe import building, finding
     from m1.swe.store import EnvironmentStore
 
     console = Console(stderr=True)
-    store, backend = EnvironmentStore(out), _backend()
+    store = EnvironmentStore(out)
 
     def report(name: str, what: str) -> None:
         console.print(f"{name}: {what}", markup=False, highlight=False, soft_wrap=True)
 
     rows = building.read_rows(pairs)
-    outcome = building.build_rows(
-        rows,
-        store,
-        backend,
-        num_runs=runs,
-        num_parallel=parallel,
-        test_seconds=test_seconds,
-        report=report,
-    )
     search = finding.Search(
         packages=tuple(find or ()),
         max_pairs=max_pairs,
@@ -77,7 +85,17 @@ def build(
         num_runs=runs,
         test_seconds=min(test_seconds, 20.0),
     )
-    finding.extend(outcome, search, rows, store, backend, report=report)
+    with _farm(backend, namespace, kubeconfig, image, parallel) as farm:
+        outcome = building.build_rows(
+            rows,
+            store,
+            farm,
+            num_runs=runs,
+            num_parallel=parallel,
+            test_seconds=test_seconds,
+            report=report,
+        )
+        finding.extend(outcome, search, rows, store, farm, report=report)
     summary = building.write_outcome(out, outcome, store)
     size = summary["disk_bytes"]["total"] / 2**20
     console.print(
@@ -95,6 +113,10 @@ def validate_(
     parallel: Parallel = 1,
     test_seconds: TestSeconds = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    backend: BackendName = "bubblewrap",
+    namespace: Namespace = "m1-sandbox",
+    kubeconfig: Kubeconfig = None,
+    image: Image = "",
 ) -> None:
     """Run base and gold again, each several times; ends with status 1 unless all are valid."""
     from m1.swe.building import why
@@ -102,14 +124,15 @@ def validate_(
     from m1.swe.validate import validate_all
 
     rows = _runnable(read_instances(instances), instances)
-    found = validate_all(
-        rows,
-        _store_of(instances),
-        _backend(),
-        num_runs=runs,
-        num_parallel=parallel,
-        test_seconds=test_seconds,
-    )
+    with _farm(backend, namespace, kubeconfig, image, parallel) as farm:
+        found = validate_all(
+            rows,
+            _store_of(instances),
+            farm,
+            num_runs=runs,
+            num_parallel=parallel,
+            test_seconds=test_seconds,
+        )
     if as_json:
         typer.echo(json.dumps([v.record() for v in found], indent=1))
     else:
@@ -135,6 +158,10 @@ def grade_(
         str, typer.Option(help="all_or_nothing, regressions_negative or partial_credit.")
     ] = "all_or_nothing",
     test_seconds: TestSeconds = 60.0,
+    backend: BackendName = "bubblewrap",
+    namespace: Namespace = "m1-sandbox",
+    kubeconfig: Kubeconfig = None,
+    image: Image = "",
 ) -> None:
     """Grade a patch in a fresh sandbox."""
     from m1.swe.grade import grade, reward
@@ -144,13 +171,14 @@ def grade_(
         text = sys.stdin.buffer.read() if patch == "-" else Path(patch).read_bytes()
     except OSError as error:
         raise M1Error(f"{patch} cannot be read: {error.strerror}; check the path") from None
-    found = grade(
-        row,
-        text.decode("utf-8", "surrogateescape"),
-        _store_of(path),
-        _backend(),
-        test_seconds=test_seconds,
-    )
+    with _farm(backend, namespace, kubeconfig, image, 1) as farm:
+        found = grade(
+            row,
+            text.decode("utf-8", "surrogateescape"),
+            _store_of(path),
+            farm,
+            test_seconds=test_seconds,
+        )
     record = {**found.record(), "reward": reward(found, policy)}
     if as_json:
         typer.echo(json.dumps(record, indent=1))
@@ -209,11 +237,28 @@ def _store_of(path: Path) -> "EnvironmentStore":
     )
 
 
-def _backend() -> "Backend":
-    from m1.sandbox.base import SandboxError
-    from m1.sandbox.local import BubblewrapBackend
+@contextlib.contextmanager
+def _farm(
+    backend: str, namespace: str, kubeconfig: str | None, image: str, num_parallel: int
+) -> "Iterator[Farm]":
+    """A farm of as many sandboxes, which renews its leases in a cluster while tests run.
 
+    Raises:
+        M1Error: There is no such backend, or it cannot be used here.
+    """
+    from m1.sandbox.base import SandboxError
+    from m1.sandbox.farm.leasing import Farm, FarmConfig
+    from m1.sandbox.opening import open_backend
+    from m1.sandbox.pods import ClusterConfig
+
+    cluster = ClusterConfig(namespace=namespace, kubeconfig=kubeconfig)
+    if image:
+        cluster = replace(cluster, image=image)
     try:
-        return BubblewrapBackend()
+        # Locally as strict as the machine is; a cluster must deny all traffic.
+        opened = open_backend(backend, cluster=cluster, is_strict=backend != "bubblewrap")
+        farm = Farm(opened, FarmConfig(max_sandboxes=num_parallel))
     except SandboxError as error:
         raise M1Error(str(error)) from None
+    with farm:
+        yield farm

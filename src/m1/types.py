@@ -64,6 +64,9 @@ class Completion:
     """Version of the weights that made each token."""
     routed_experts: RoutedExperts | None = None
     """Experts by token and layer, where the engine was asked to record them."""
+    loss_mask: tuple[bool, ...] | None = None
+    """True where the policy sampled, of a conversation of several turns, whose other tokens (what
+    the environment said) have log-probability and entropy 0; None: everywhere."""
 
 
 @dataclass(frozen=True)

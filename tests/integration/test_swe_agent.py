@@ -2,11 +2,12 @@
 
 import pytest
 
-from m1.config.schema import SamplingConfig
+from m1.config.schema import EpisodesConfig, SamplingConfig
 from m1.inference.engine import LocalEngine
 from m1.rollout.agent import AgentConfig, run_episodes
 from m1.rollout.agentless import AgentlessConfig, repair
 from m1.rollout.dialogue import ChatPolicy, EnginePolicy
+from m1.rollout.swe import SweTasks, sample_episodes
 from m1.sandbox import bubblewrap
 from m1.sandbox.base import SandboxError
 from m1.sandbox.local import BubblewrapBackend
@@ -14,6 +15,7 @@ from m1.swe import sample
 from m1.swe.builder import build_releases
 from m1.swe.grade import grade
 from m1.swe.store import EnvironmentStore
+from m1.types import Completion
 
 pytestmark = pytest.mark.skipif(
     bubblewrap.failure() is not None, reason=f"no sandbox here: {bubblewrap.failure()}"
@@ -158,3 +160,56 @@ def test_fixed_steps_choose_the_repair_that_breaks_nothing(instance, store, back
     assert found.functions == ("ranges.py::parse", "ranges.py::write")
     assert (found.num_candidates, found.num_distinct, found.num_kept) == (6, 3, 2)
     assert grade(instance, found.patch, store, backend).resolved
+
+
+class ScriptedEngine:
+    """An engine of which each episode samples its own script, turn by turn."""
+
+    def __init__(self, scripts, tokenizer):
+        self.scripts, self.tokenizer, self.turns = scripts, tokenizer, {}
+
+    def generate(self, requests, sampling):
+        found = []
+        for request in requests:
+            number = self.number_of(request)
+            turn = self.turns[number] = self.turns.get(number, -1) + 1
+            text = self.scripts[number][turn]
+            tokens = (*self.tokenizer.encode(text), self.tokenizer.end)
+            same = (-0.5,) * len(tokens)
+            found.append(
+                [Completion(request.prompt_tokens, tokens, same, same, "stop", (7,) * len(tokens))]
+            )
+        return found
+
+    def number_of(self, request):
+        """Prompts begin alike, and differ once an episode has sampled."""
+        prompt = self.tokenizer.decode(list(request.prompt_tokens))
+        told = [
+            n for n, s in enumerate(self.scripts) if self.turns.get(n, -1) >= 0 and s[0] in prompt
+        ]
+        return told[0] if told else len(self.turns)
+
+
+def test_a_group_of_episodes_is_graded_and_an_exploit_earns_nothing(
+    instance, store, backend, tiny_tokenizer
+):
+    cheating = ("I cheat.\n```bash\necho > tests/test_ranges.py\n```", *TRAJECTORY[1:])
+    engine = ScriptedEngine(
+        [TRAJECTORY, cheating, ("I stop.\n```bash\nsubmit\n```",)], tiny_tokenizer
+    )
+    given = SweTasks({instance.instance_id: instance}, store, backend, EpisodesConfig())
+    (group,) = sample_episodes(
+        engine, given.tasks(), given, tokenizer=tiny_tokenizer, group_size=3,
+        sampling=SamplingConfig(), seed=1,
+    )  # fmt: skip
+    good, cheat, idle = (rollout.reward for rollout in group.rollouts)
+    assert (good.total, good.accuracy) == (1.0, 1.0) and good.parts["exploits"] == 0.0
+    assert cheat.parts["resolved"] == 1.0 and cheat.parts["exploit/edits_tests"] == 1.0
+    assert (cheat.total, cheat.accuracy) == (0.0, 0.0)
+    assert idle.total == 0.0 == idle.parts["f2p_rate"] and not idle.is_failed
+    for rollout, script in zip(group.rollouts, engine.scripts, strict=True):
+        completion = rollout.completion
+        sampled = [t for t, m in zip(completion.tokens, completion.loss_mask, strict=True) if m]
+        wanted = [(*tiny_tokenizer.encode(text), tiny_tokenizer.end) for text in script]
+        assert sampled == [token for turn in wanted for token in turn]
+        assert set(completion.policy_versions) == {7}

@@ -186,6 +186,9 @@ ATTACKS = {
     "replaces the call": patch_with(
         "import _pytest.python as p\np.Function.runtest = lambda self: None"
     ),
+    "exchanges the call's code": patch_with(
+        "import _pytest.python as p\np.Function.runtest.__code__ = (lambda self: None).__code__"
+    ),
     "swallows exceptions": patch_with(
         "import _pytest.runner as r\n"
         "make = r.TestReport.from_item_and_call\n"
@@ -311,6 +314,36 @@ def test_frozen():
     assert [o.outcome for o in run.tests.values()] == ["passed"], run
 
 
+def test_a_test_of_subtests_reaches_its_last_line_or_fails(instance, store, backend):
+    test = b"""
+import unittest
+
+class Tests(unittest.TestCase):
+    def test_passing(self):
+        for number in range(3):
+            with self.subTest(number=number):
+                self.assertLess(number, 3)
+
+    def test_one_fails(self):
+        for number in range(3):
+            with self.subTest(number=number):
+                self.assertLess(number, 2)
+
+    def test_one_is_skipped(self):
+        for number in range(2):
+            with self.subTest(number=number):
+                if number:
+                    self.skipTest("no")
+"""
+    name = "tests/test_subtests.py"
+    run = run_suite(instance.environment, store, backend, tests={name: test}, files=[name])
+    found = {t.rpartition("::")[2]: (o.outcome, o.is_proven) for t, o in run.tests.items()}
+    assert found["test_passing"] == ("passed", True)
+    assert found["test_one_fails"][0] == "failed"
+    assert found["test_one_is_skipped"] == ("passed", True)
+    assert run.problems == ()
+
+
 def test_places_are_graded_against_the_solution(instance, store):
     found = localise(
         instance, store, files=["ranges.py", "setup.py"], functions=["ranges.py::parse"]
@@ -372,6 +405,8 @@ def test_the_commands_validate_and_grade_what_was_built(instance, store, m1, tmp
     assert valid.returncode == 0 and json.loads(valid.stdout)[0]["is_valid"]
     absent = m1("sandbox", "grade", f"{store.root / 'instances.jsonl'}::other", os.devnull)
     assert absent.returncode == 1 and "no instance other" in absent.stderr
+    unknown = m1("sandbox", "grade", str(file), str(gold), "--backend", "docker")
+    assert unknown.returncode == 1 and "no backend 'docker'" in unknown.stderr
 
 
 def test_disk_use_counts_what_layers_share_once(store, instance):

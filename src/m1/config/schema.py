@@ -53,7 +53,7 @@ from m1.config.rl_tables import (
     RewardServiceConfig,
     RolloutConfig,
 )
-from m1.config.sandbox_tables import PairConfig, SandboxConfig
+from m1.config.sandbox_tables import SWE, EpisodesConfig, PairConfig, SandboxConfig
 from m1.config.training_tables import (
     OptimizerConfig,
     ParallelConfig,
@@ -80,6 +80,7 @@ __all__ = [
     "DedupConfig",
     "DifficultyConfig",
     "DynamicSamplingConfig",
+    "EpisodesConfig",
     "EvaluateConfig",
     "GateConfig",
     "LengthStageConfig",
@@ -145,7 +146,8 @@ class BenchmarkConfig(Config):
     name: str
     """Name in the report."""
     task: str
-    """Name of a `data.tasks` entry whose held-out tasks are used."""
+    """Name of a `data.tasks` entry whose held-out tasks are used; or `swe`, unless an entry has
+    that name: software engineering tasks that `sandbox.num_heldout` keeps."""
     num_tasks: PositiveInt | None = None
     """Use only the first tasks; absent: all."""
 
@@ -163,6 +165,8 @@ class EvaluateConfig(Config):
     """Bootstrap resamples over tasks."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Confidence level of the intervals."""
+    episodes: EpisodesConfig = EpisodesConfig()
+    """Of benchmarks whose task is `swe`."""
 
     @model_validator(mode="after")
     def _benchmark_names_differ(self) -> Self:
@@ -225,7 +229,13 @@ class Recipe(Config):
         texts = []
         for index, benchmark in enumerate(self.evaluate.benchmarks if self.evaluate else ()):
             path = f"evaluate.benchmarks.{index}.task is {benchmark.task!r}"
-            if benchmark.task not in tasks:
+            if benchmark.task == SWE and SWE not in tasks:
+                if self.sandbox is None or not self.sandbox.num_heldout:
+                    texts.append(
+                        f"{path}, but sandbox.num_heldout is 0 or [sandbox] absent; set it, or "
+                        "drop the benchmark"
+                    )
+            elif benchmark.task not in tasks:
                 known = ", ".join(sorted(tasks)) or "no entries"
                 texts.append(f"{path}, but data.tasks has {known}; name one that exists")
             elif not tasks[benchmark.task].num_heldout:
@@ -247,6 +257,10 @@ class Recipe(Config):
         if self.sft is not None and not any(task.num_sft for task in self.data.tasks):
             texts.append(
                 "sft is present, but no entry of data.tasks has num_sft > 0; add demonstrations"
+            )
+        if self.rl is not None and self.rl.episodes is not None and self.sandbox is None:
+            texts.append(
+                "rl.episodes is present, but [sandbox] is absent, whose tasks they are of; add it"
             )
         if self.rl is not None:
             texts += self._rl_source_mistakes(self.rl)
@@ -275,6 +289,7 @@ class Recipe(Config):
     def _rl_source_mistakes(self, rl: RlConfig) -> list[str]:
         """Names of task sources in the rl table that are none."""
         known = {task.name for task in self.data.tasks if task.num_rl}
+        known |= {SWE} if rl.episodes is not None else set()
         named = [
             (f"rl.curriculum.sources.{i}.source", source.source)
             for i, source in enumerate(rl.curriculum.sources)

@@ -30,6 +30,7 @@ from m1.config.rl_tables import (
     RewardServiceConfig,
     RolloutConfig,
 )
+from m1.config.sandbox_tables import EpisodesConfig, episode_mistakes
 
 
 class ParallelConfig(Config):
@@ -273,6 +274,8 @@ class RlConfig(Config):
     """When a length stage ends; not used without `lengths`."""
     curriculum: CurriculumConfig = CurriculumConfig()
     """Which tasks come when."""
+    episodes: EpisodesConfig | None = None
+    """Also train on software engineering tasks, which the sandbox stage makes; absent: not."""
     traces: TraceConfig = TraceConfig()
     """Files of rollouts, and samples of them in MLflow."""
 
@@ -291,6 +294,13 @@ class RlConfig(Config):
                 "lower it or raise prompts_per_step"
             )
         texts += length_mistakes(self.lengths)
+        if self.episodes is not None:
+            texts += episode_mistakes(
+                lengths=bool(self.lengths),
+                routing_replay=self.routing_replay != "off",
+                rollout=self.rollout.has_workers or self.rollout.mode == "async",
+                parallel=self.parallel.world_size > 1,
+            )
         lag = self.rollout.max_policy_lag
         if self.rollout.mode == "async" and lag is not None and lag < self.updates_per_step:
             texts.append(

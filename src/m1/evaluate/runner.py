@@ -17,6 +17,7 @@ from m1.model import checkpoint
 from m1.model.build import build_model
 from m1.model.parallel import initialize
 from m1.rollout.groups import completion_text, sample_groups
+from m1.rollout.swe import SWE, SweTasks, handed_over, sample_episodes
 from m1.stage import StageContext, StageOutput
 from m1.storage import atomic_write, folder_digest
 from m1.types import M1Error, RolloutGroup, Task
@@ -34,6 +35,9 @@ def evaluate(context: StageContext, recipe: Recipe) -> StageOutput:
     data = context.path_of("data")
     tokenizer = Tokenizer(data / "tokenizer")
     heldout = read_tasks(data / "tasks" / "heldout.jsonl")
+    swe = _swe_tasks(context, recipe, heldout)
+    if swe is not None:
+        heldout += swe.tasks()
     models = model_stages(context.inputs)
     partial = context.folder / "partial"
     partial.mkdir(exist_ok=True)
@@ -46,15 +50,7 @@ def evaluate(context: StageContext, recipe: Recipe) -> StageOutput:
             path = partial / f"{name}-{benchmark.name}.jsonl"
             if not path.exists():
                 engine = engine or _load_engine(context, recipe, name, tokenizer)
-                groups = sample_groups(
-                    engine,
-                    tasks,
-                    tokenizer=tokenizer,
-                    group_size=config.num_samples,
-                    sampling=config.sampling,
-                    reward=RewardConfig(),
-                    seed=recipe.seed,
-                )
+                groups = _sample(engine, tasks, config, tokenizer, swe, seed=recipe.seed)
                 _write_samples(path, groups, tokenizer)
             scores[benchmark.name][name] = _score(path, config, seed=recipe.seed)
             done += 1
@@ -64,12 +60,59 @@ def evaluate(context: StageContext, recipe: Recipe) -> StageOutput:
                 benchmark.name,
                 name,
                 scores[benchmark.name][name],
-                folder_digest(data / "tasks"),
+                folder_digest(_folder_of(tasks, context, data)),
             )
     shutil.rmtree(context.output, ignore_errors=True)
     shutil.copytree(partial, context.output / "samples")
     atomic_write(context.output / "scores.json", json.dumps(scores, indent=1).encode())
     return StageOutput(metadata={"scores": scores})
+
+
+def _swe_tasks(context: StageContext, recipe: Recipe, heldout: Sequence[Task]) -> SweTasks | None:
+    """Held-out tasks of software engineering, where a benchmark asks for them."""
+    config = recipe.evaluate
+    assert config is not None
+    names = {benchmark.task for benchmark in config.benchmarks}
+    if SWE not in names or any(task.source == SWE for task in heldout):
+        return None
+    return handed_over(context, recipe, config.episodes, is_heldout=True)
+
+
+def _sample(
+    engine: LocalEngine,
+    tasks: Sequence[Task],
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    swe: SweTasks | None,
+    *,
+    seed: int,
+) -> list[RolloutGroup]:
+    """Groups of a benchmark's tasks: completions, or episodes of software engineering."""
+    if swe is not None and tasks[0].verifier == SWE:
+        return sample_episodes(
+            engine,
+            tasks,
+            swe,
+            tokenizer=tokenizer,
+            group_size=config.num_samples,
+            sampling=config.sampling,
+            seed=seed,
+        )
+    return sample_groups(
+        engine,
+        tasks,
+        tokenizer=tokenizer,
+        group_size=config.num_samples,
+        sampling=config.sampling,
+        reward=RewardConfig(),
+        seed=seed,
+    )
+
+
+def _folder_of(tasks: Sequence[Task], context: StageContext, data: Path) -> Path:
+    """Where the tasks of a benchmark are written down."""
+    is_swe = tasks[0].verifier == SWE
+    return context.path_of("sandbox") / "instances" if is_swe else data / "tasks"
 
 
 def select_tasks(benchmark: BenchmarkConfig, heldout: Sequence[Task]) -> list[Task]:

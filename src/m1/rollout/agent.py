@@ -20,6 +20,7 @@ from m1.rollout.actions import (
 )
 from m1.rollout.dialogue import Dialogue, Policy, Trajectory
 from m1.sandbox.base import Backend, Limits, Sandbox, SandboxError, SandboxGone, printable
+from m1.sandbox.farm.exploits import Exploit, find_exploits
 from m1.swe.instance import Instance
 from m1.swe.store import EnvironmentStore
 from m1.swe.suite import LIMITS, SITE, TREE, VARIABLES, layers_of
@@ -76,6 +77,8 @@ class Episode:
     seconds: float
     infra_error: str | None = None
     """What failed on our side; the episode must then be masked."""
+    exploits: tuple[Exploit, ...] = ()
+    """Signs that it went for the reward: in its commands, edits and patch."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ class _Running:
     sandbox: Sandbox | None
     started: float
     turns: list[AgentTurn] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
     stop_reason: str = ""
     patch: str = ""
     infra_error: str | None = None
@@ -169,6 +173,7 @@ def _act(episode: _Running, reply: str, is_cut: bool, config: AgentConfig) -> No
     exit_code: int | None = None
     try:
         action = parse_action(reply)
+        episode.actions.append(_as_text(action))
         if isinstance(action, Command) and action.is_submission:
             episode.stop_reason = "submitted"
             observation = ""
@@ -257,4 +262,30 @@ def _result(episode: _Running) -> Episode:
         num_tokens=episode.dialogue.num_tokens,
         seconds=round(time.monotonic() - episode.started, 3),
         infra_error=episode.infra_error,
+        exploits=signs(episode.instance, episode.patch, episode.actions),
     )
+
+
+def signs(instance: Instance, patch: str, actions: Sequence[str] = ()) -> tuple[Exploit, ...]:
+    """Signs of going for the reward in what an agent did.
+
+    Lines that the gold patch adds too are none, nor are files of the runner that it changes itself.
+
+    Args:
+        instance: What it worked on.
+        patch: The change it left.
+        actions: Its commands and edits, one text each.
+    """
+    named = (test.partition("::")[0] for test in (*instance.fail_to_pass, *instance.pass_to_pass))
+    tests = sorted({*instance.environment.test_files, *named})
+    lines = instance.patch.splitlines()
+    added = {line for line in lines if line.startswith("+") and not line.startswith("+++ ")}
+    others = "\n".join("+" if line in added else line for line in patch.splitlines())
+    natural = {s.where for s in find_exploits([], instance.patch, protected=tests)}
+    found = find_exploits(actions, others, protected=tests)
+    return tuple(s for s in found if s.evidence != s.where or s.where not in natural)
+
+
+def _as_text(action: Command | Edit) -> str:
+    """A command as it is; an edit as the redirection that it amounts to."""
+    return action.text if isinstance(action, Command) else f"cat > {action.path}"

@@ -10,7 +10,7 @@ from m1.config.schema import SamplingConfig
 from m1.data.tokenizer import Tokenizer
 from m1.inference.engine import Engine, Request
 from m1.rewards.code.chat_model import ChatModel, Message
-from m1.types import M1Error
+from m1.types import Completion, M1Error
 
 _CHARACTERS_PER_TOKEN = 4
 
@@ -24,6 +24,8 @@ class Trajectory:
     """True exactly for tokens that the policy sampled."""
     logprobs: tuple[float, ...]
     """Under the engine that sampled, before temperature and top-p; 0 outside the mask."""
+    entropies: tuple[float, ...]
+    """Of each sampled token's distribution, in nats; 0 outside the mask."""
     policy_versions: tuple[int, ...]
     """Of the weights that sampled each token; -1 outside the mask."""
 
@@ -78,6 +80,7 @@ class TokenDialogue:
     tokens: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     num_turns: int = 0
 
@@ -92,14 +95,13 @@ class TokenDialogue:
         end = [] if not self.tokens or self.tokens[-1] == t.end else [t.end]
         self._given([*end, t.user, *t.encode(text), t.end, t.assistant])
 
-    def sampled(
-        self, tokens: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]
-    ) -> None:
+    def sampled(self, completion: Completion) -> None:
         """Add what the policy sampled."""
-        self.tokens += tokens
-        self.loss_mask += [True] * len(tokens)
-        self.logprobs += logprobs
-        self.versions += versions
+        self.tokens += completion.tokens
+        self.loss_mask += [True] * len(completion.tokens)
+        self.logprobs += completion.logprobs
+        self.entropies += completion.entropies
+        self.versions += completion.policy_versions
         self.num_turns += 1
 
     def trajectory(self) -> Trajectory:
@@ -109,6 +111,7 @@ class TokenDialogue:
             tuple(self.tokens[:length]),
             tuple(self.loss_mask[:length]),
             tuple(self.logprobs[:length]),
+            tuple(self.entropies[:length]),
             tuple(self.versions[:length]),
         )
 
@@ -116,6 +119,7 @@ class TokenDialogue:
         self.tokens += tokens
         self.loss_mask += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
+        self.entropies += [0.0] * len(tokens)
         self.versions += [-1] * len(tokens)
 
 
@@ -149,7 +153,7 @@ class EnginePolicy:
         for dialogue, (completion,) in zip(
             ours, self._engine.generate(requests, self._sampling), strict=True
         ):
-            dialogue.sampled(completion.tokens, completion.logprobs, completion.policy_versions)
+            dialogue.sampled(completion)
             tokens = [t for t in completion.tokens if t != self._tokenizer.end]
             text = self._tokenizer.decode(tokens)
             replies.append(Reply(text, is_cut=completion.finish_reason != "stop"))

@@ -11,6 +11,7 @@ from m1.rewards.service.pool import RewardService
 from m1.rollout.filtering import SampledBatch, sample_informative, screen
 from m1.rollout.groups import requests_for, score_groups
 from m1.rollout.replicas import Replicas
+from m1.rollout.swe import SWE, SweTasks, sample_episodes
 from m1.rollout.tasks import TaskSource
 from m1.types import RolloutGroup, Task
 
@@ -32,6 +33,7 @@ class SyncRollouts:
         service: RewardService | None,
         replicas: Replicas,
         phase: Phase,
+        swe: SweTasks | None = None,
     ) -> None:
         """Sample with an engine.
 
@@ -44,7 +46,9 @@ class SyncRollouts:
             service: For verifiers that need one.
             replicas: This rank's place.
             phase: Told when sampling and scoring begin.
+            swe: What tasks of software engineering need, where some may come.
         """
+        self._swe = swe
         self._engine, self._tasks, self._config = engine, tasks, config
         self._tokenizer, self._seed, self._service = tokenizer, seed, service
         self._replicas, self._phase = replicas, phase
@@ -63,6 +67,33 @@ class SyncRollouts:
         return replace(batch, metrics=dict(self._seconds))
 
     def _sample(self, tasks: Sequence[Task], seed: int) -> list[RolloutGroup]:
+        """Groups in the order of the tasks, whichever way each kind is sampled."""
+        episodic = [task for task in tasks if task.verifier == SWE]
+        plain = [task for task in tasks if task.verifier != SWE]
+        found = {
+            False: iter(self._complete(plain, seed) if plain else []),
+            True: iter(self._play(episodic, seed) if episodic else []),
+        }
+        return [next(found[task.verifier == SWE]) for task in tasks]
+
+    def _play(self, tasks: Sequence[Task], seed: int) -> list[RolloutGroup]:
+        """Episodes, which sample and score by turns: their time counts as sampling."""
+        assert self._engine is not None and self._swe is not None
+        self._phase("sample")
+        started = time.perf_counter()
+        groups = sample_episodes(
+            self._engine,
+            tasks,
+            self._swe,
+            tokenizer=self._tokenizer,
+            group_size=self._config.group_size,
+            sampling=self._config.sampling,
+            seed=seed,
+        )
+        self._seconds["rl/generate_seconds"] += time.perf_counter() - started
+        return screen(groups, num_tokens=self._tokenizer.vocab_size)
+
+    def _complete(self, tasks: Sequence[Task], seed: int) -> list[RolloutGroup]:
         config, replicas = self._config, self._replicas
         requests = requests_for(
             tasks, tokenizer=self._tokenizer, group_size=config.group_size, seed=seed

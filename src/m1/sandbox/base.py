@@ -93,6 +93,27 @@ class Environment:
     """The same, but not to be written inside: an interpreter, a runner of tests. Local only."""
 
 
+class ClosedAtExit:
+    """`with` for what has a `close`, which ends it whatever happened inside."""
+
+    def __enter__(self) -> Self:
+        """The thing itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Remove everything; may be called twice."""
+        raise NotImplementedError
+
+
 class SealedSandbox(Protocol):
     """A place to run programs on files of /work, which is read-only inside.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from m1.sandbox import bubblewrap, cgroup, seccomp
+from m1.sandbox import bubblewrap, cgroup, seccomp, starter
 from m1.sandbox.base import MIB, ExecResult, Limits, SandboxError
 from m1.sandbox.process import Pipes, collect_pipes, kill_group
 
@@ -274,7 +274,7 @@ def _entry(group: cgroup.Group | None) -> Callable[[], None]:
     """What the child does between fork and exec; the bounds of commands come with each."""
     entrances = tuple(os.fsencode(path) for path in group.entrances) if group is not None else ()
     is_root = os.geteuid() == 0
-    files, size = bubblewrap.OPEN_FILES, bubblewrap.FILE_BYTES
+    files, size = starter.OPEN_FILES, starter.FILE_BYTES
 
     def enter() -> None:
         cgroup.enter(entrances)

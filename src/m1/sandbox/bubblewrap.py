@@ -5,47 +5,28 @@ and /dev, and what the caller mounts. `sealed` and `local` build sandboxes of it
 stops is shown by tests/unit/sandbox/test_escapes.py.
 """
 
+import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from m1.sandbox import cgroup, seccomp
+from m1.sandbox import cgroup, seccomp, starter
 from m1.sandbox.base import MIB, WORK, ExecResult, Limits, OutputSink, SandboxError, met_cpu_limit
 from m1.sandbox.process import collect, kill_group
 from m1.sandbox.store import UNPRIVILEGED_ID
 
 VARIABLES = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
 """The whole environment of a command, beside what its caller gives."""
-OPEN_FILES = 1024
-FILE_BYTES = 256 * MIB
-_OWN_PROCESSES = 4
-"""What bubblewrap itself needs."""
 _STATUS_BYTES = 1 << 16
 _SYSTEM = ("/usr/lib", "/usr/lib64", "/usr/bin", "/usr/sbin")
-
-
-# One argument after another: files to enter groups by, a line each; seconds; blocks of 512 bytes;
-# descriptors; KiB and processes, empty where a group bounds them; then the program. A bound that
-# cannot be set is above a stricter one that holds already.
-_ENTER = r"""
-IFS='
-'
-for group in $1; do echo 0 > "$group" || exit 125; done
-{ ulimit -c 0; ulimit -S -t "$2"; ulimit -H -t $(($2 + 1)); } 2>/dev/null
-{ ulimit -f "$3"; ulimit -n "$4"; } 2>/dev/null
-[ -z "$5" ] || ulimit -v "$5"
-if [ -n "$6" ]; then (ulimit -u "$6") 2>/dev/null && ulimit -u "$6" || ulimit -p "$6"; fi
-shift 6
-exec "$@"
-"""
 
 
 def launch(
@@ -72,63 +53,46 @@ def launch(
     Raises:
         SandboxError: bubblewrap could not start, or the control group could not be emptied.
     """
-    group = cgroup.create(memory_mib=limits.memory_mib, num_processes=limits.num_processes)
-    try:
-        arguments = [*_isolation(environment or {}), *mounts, "--chdir", folder]
-        return _run(arguments, ["/usr/bin/env", "--", *command], stdin, limits, group, on_output)
-    finally:
-        if group is not None:
-            group.kill()
-            group.remove()
-
-
-def _run(
-    arguments: Sequence[str],
-    command: Sequence[str],
-    stdin: bytes,
-    limits: Limits,
-    group: cgroup.Group | None,
-    on_output: OutputSink | None,
-) -> ExecResult:
     program = find_bubblewrap()
     if program is None:
         raise SandboxError("bubblewrap (bwrap) is absent; apt install bubblewrap")
+    arguments = [program, *_isolation(environment or {}), *mounts, "--chdir", folder]
+    with contextlib.closing(starter.take()) as waiting:
+        whole = [*arguments, *waiting.options, "--", *command]
+        return _run(waiting, whole, command[0], stdin, limits, on_output)
+
+
+def _run(
+    waiting: starter.Starter,
+    command: Sequence[str],
+    program: str,
+    stdin: bytes,
+    limits: Limits,
+    on_output: OutputSink | None,
+) -> ExecResult:
+    process, group = waiting.process, waiting.group
     started = time.monotonic()
-    filter_fd = filter_descriptor()
-    status, reported = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    own = ["--json-status-fd", str(reported)]
-    if filter_fd is not None:
-        own += ["--seccomp", str(filter_fd)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    try:
-        process = subprocess.Popen(
-            [*_entry(limits, group), program, *arguments, *own, "--", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            pass_fds=(reported,) if filter_fd is None else (reported, filter_fd),
-            env={},
-        )
 
-        def kill() -> None:
-            if group is not None:
-                group.kill()
-            kill_group(process)
+    def kill() -> None:
+        if group is not None:
+            group.kill()
+        kill_group(process)
 
-        found = collect(
-            process,
-            stdin,
-            wall_seconds=limits.wall_seconds,
-            output_bytes=limits.output_bytes,
-            kill=kill,
-            on_output=on_output,
-        )
-        has_begun = _has_begun(status)
-    finally:
-        for descriptor in (filter_fd, status, reported):
-            if descriptor is not None:
-                os.close(descriptor)
+    waiting.become(command, limits)
+    with contextlib.suppress(SandboxError, OSError):  # whoever needs it meets the error itself
+        starter.prepare()
+    if stdin and not _reports(waiting.status, limits.wall_seconds):
+        stdin = b""  # the shell still reads, and would take it for commands
+    found = collect(
+        process,
+        stdin,
+        wall_seconds=max(0.0, limits.wall_seconds - (time.monotonic() - started)),
+        output_bytes=limits.output_bytes,
+        kill=kill,
+        on_output=on_output,
+    )
+    has_begun = _has_begun(waiting.status)
     if group is not None:
         used = group.cpu_seconds()
     else:
@@ -137,7 +101,10 @@ def _run(
     code = process.returncode
     code = code if code >= 0 else 128 - code
     stopped_by = found.stopped_by or _stopped_by(limits, used, group, code)
-    if not has_begun and stopped_by is None:
+    refused = None if has_begun else _not_executed(program, found.stderr)
+    if refused is not None:
+        code = refused
+    elif not has_begun and stopped_by is None:
         said = found.stderr.decode(errors="replace")[-300:]
         ended = f"was killed from outside, status {code}" if code > 128 else "did not start"
         raise SandboxError(f"bubblewrap {ended}: {said}")
@@ -149,6 +116,21 @@ def _run(
         cpu_seconds=used,
         stopped_by=stopped_by,
     )
+
+
+def _not_executed(program: str, said: bytearray) -> int | None:
+    """The status of a shell where bubblewrap, which alone has spoken yet, cannot execute."""
+    if not said.startswith(f"bwrap: execvp {program}: ".encode()):
+        return None
+    return 127 if said.strip().endswith(b"No such file or directory") else 126
+
+
+def _reports(status: int, seconds: float) -> bool:
+    """Wait until bubblewrap has begun; False when it does not, or is gone."""
+    poller = select.poll()
+    poller.register(status, select.POLLIN)
+    found = poller.poll(1000 * seconds)
+    return bool(found) and bool(found[0][1] & select.POLLIN)
 
 
 def _has_begun(status: int) -> bool:
@@ -238,67 +220,11 @@ def system_mounts() -> tuple[str, ...]:
     return tuple(binds)
 
 
-def filter_descriptor() -> int | None:
-    """A fresh descriptor at the start of the seccomp filter."""
-    code = seccomp.program()
-    if code is None:
-        return None
-    descriptor = os.memfd_create("m1-seccomp")
-    os.write(descriptor, code)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
-
-
-def _entry(limits: Limits, group: cgroup.Group | None) -> list[str]:
-    """Command that enters the group, bounds itself, drops root, and becomes what follows it.
-
-    A program, not code between fork and exec: forking a process of gigabytes costs more than all
-    the rest, and starting a program does not copy it.
-    """
-    entrances = group.entrances if group is not None else ()
-    is_root = os.geteuid() == 0
-    memory = processes = ""
-    if group is None:
-        # RLIMIT_NPROC counts all processes of a user, those of other sandboxes too.
-        user = UNPRIVILEGED_ID if is_root else os.getuid()
-        processes = str(limits.num_processes + _OWN_PROCESSES + _running(user))
-        memory = str(limits.memory_mib * 1024)
-    cpu = max(1, int(-(-limits.cpu_seconds // 1)))
-    numbers = [str(cpu), str(FILE_BYTES // 512), str(OPEN_FILES), memory, processes]
-    command = ["/bin/sh", "-c", _ENTER, "sh", "\n".join(entrances), *numbers]
-    if is_root:
-        setpriv = _find_setpriv()
-        command += [setpriv, "--reuid", str(UNPRIVILEGED_ID), "--regid", str(UNPRIVILEGED_ID)]
-        # bubblewrap asks for the same, a few milliseconds later.
-        command += ["--clear-groups", "--pdeathsig", "KILL", "--"]
-    return command
-
-
-@cache
-def _find_setpriv() -> str:
-    found = shutil.which("setpriv", path="/usr/bin:/bin:/usr/sbin:/sbin")
-    if found is None:
-        raise SandboxError("setpriv is absent, by which root is dropped; apt install util-linux")
-    return found
-
-
 def drop_root() -> None:
     """Become the user that owns nothing."""
     os.setgroups([])
     os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
     os.setresuid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
-
-
-def _running(user: int) -> int:
-    """Threads that a user already runs."""
-    total = 0
-    for path in Path("/proc").iterdir():
-        try:
-            if path.name.isdigit() and path.stat().st_uid == user:
-                total += len(os.listdir(path / "task"))
-        except OSError:
-            continue
-    return total
 
 
 def _stopped_by(limits: Limits, used: float, group: cgroup.Group | None, code: int) -> str | None:

@@ -30,6 +30,9 @@ class Group(Protocol):
     def entrances(self) -> tuple[str, ...]:
         """Files that a process writes "0" into to enter."""
 
+    def bound(self, *, memory_mib: int, num_processes: int) -> None:
+        """Set the bounds of a group that has none yet."""
+
     def kill(self) -> None:
         """Kill every process inside and wait until none is left."""
 
@@ -52,16 +55,18 @@ def version() -> int:
     return 1 if all(folder.is_dir() and _can_create(folder) for folder in folders) else 0
 
 
-def create(*, memory_mib: int, num_processes: int) -> Group | None:
-    """A new group with these bounds, or None where none can be made."""
+def create(*, memory_mib: int | None = None, num_processes: int | None = None) -> Group | None:
+    """A new group, with bounds where they are given; None where none can be made."""
     if version() == 0:
         return None
     name = f"{_PREFIX}-{owner.tag()}-{next(_numbers)}"
-    kind = GroupV2 if version() == 2 else GroupV1
     try:
-        return kind(name, memory_mib, num_processes)
+        group = GroupV2(name) if version() == 2 else GroupV1(name)
+        if memory_mib is not None and num_processes is not None:
+            group.bound(memory_mib=memory_mib, num_processes=num_processes)
     except OSError as error:
         raise SandboxError(f"control group {name} cannot be made: {error}") from error
+    return group
 
 
 def enter(entrances: Sequence[bytes]) -> None:
@@ -94,10 +99,13 @@ class GroupV1:
 
     controllers = ("memory", "pids", "cpuacct")
 
-    def __init__(self, name: str, memory_mib: int, num_processes: int) -> None:
+    def __init__(self, name: str) -> None:
         self._folders = [_ROOT / controller / name for controller in self.controllers]
         for folder in self._folders:
             folder.mkdir()
+
+    def bound(self, *, memory_mib: int, num_processes: int) -> None:
+        """memory.limit_in_bytes, with swap too where it is counted, and pids.max."""
         memory, pids, _ = self._folders
         (memory / "memory.limit_in_bytes").write_text(str(memory_mib * MIB))
         with contextlib.suppress(OSError):  # absent without swap accounting
@@ -146,9 +154,12 @@ class GroupV1:
 class GroupV2:
     """One folder of the unified hierarchy."""
 
-    def __init__(self, name: str, memory_mib: int, num_processes: int) -> None:
+    def __init__(self, name: str) -> None:
         self._folder = _parent_v2() / name
         self._folder.mkdir()
+
+    def bound(self, *, memory_mib: int, num_processes: int) -> None:
+        """memory.max, memory.swap.max and pids.max."""
         (self._folder / "memory.max").write_text(str(memory_mib * MIB))
         with contextlib.suppress(OSError):  # absent without swap accounting
             (self._folder / "memory.swap.max").write_text("0")

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox import bubblewrap, cgroup, store
 from m1.sandbox.base import (
     WORK,
+    ClosedAtExit,
     Environment,
     ExecResult,
     Limits,
@@ -58,7 +57,7 @@ class BubblewrapBackend:
         return cgroup.sweep() + store.sweep()
 
 
-class BubblewrapSandbox(FilesByCommands):
+class BubblewrapSandbox(ClosedAtExit, FilesByCommands):
     """One bounded filesystem and the mounts that show it; see `base.Sandbox`."""
 
     def __init__(
@@ -136,19 +135,6 @@ class BubblewrapSandbox(FilesByCommands):
         """Unmount and remove everything."""
         self._is_closed = True
         self._store.remove()
-
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def _lay_out(self, *, is_fresh: bool) -> list[str]:
         """Bubblewrap's arguments; folders that are written get their place in the store."""

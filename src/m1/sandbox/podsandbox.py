@@ -8,8 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import tenacity
 
@@ -17,6 +16,7 @@ from m1.sandbox import pods
 from m1.sandbox.base import (
     MIB,
     WORK,
+    ClosedAtExit,
     Environment,
     ExecResult,
     Limits,
@@ -35,7 +35,7 @@ _UNPACK = 'head -c "$1" | tar -x --no-same-owner -C / -f -'
 _FATAL = {"ErrImageNeverPull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
 
 
-class PodSandbox(FilesByCommands):
+class PodSandbox(ClosedAtExit, FilesByCommands):
     """A running pod and whoever owns it; see `base.Sandbox`."""
 
     def __init__(
@@ -108,19 +108,6 @@ class PodSandbox(FilesByCommands):
         if not self._is_closed:
             self._is_closed = True
             self._backend.remove(self._name)
-
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
 
 class PodBackend:

@@ -12,11 +12,9 @@ import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox import bubblewrap
-from m1.sandbox.base import ExecResult, Limits, SandboxError
+from m1.sandbox.base import ClosedAtExit, ExecResult, Limits, SandboxError
 from m1.sandbox.box import PYTHON, Box, Command
 
 _COMMANDS_PER_BOX = 500
@@ -25,7 +23,7 @@ _BOXES_PER_THREAD = 3
 _own = threading.local()
 
 
-class PreparedSandbox:
+class PreparedSandbox(ClosedAtExit):
     """See `m1.sandbox.base.SealedSandbox`; boxes are kept by thread and outlive it, files do not.
 
     Args:
@@ -60,19 +58,6 @@ class PreparedSandbox:
     def close(self) -> None:
         """Forget the files."""
         self._files = None
-
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def _open_files(self) -> dict[str, tuple[bytes, int]]:
         if self._files is None:

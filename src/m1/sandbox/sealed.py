@@ -7,15 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox import bubblewrap, owner
-from m1.sandbox.base import MIB, WORK, ExecResult, Limits, SandboxError
+from m1.sandbox.base import MIB, WORK, ClosedAtExit, ExecResult, Limits, SandboxError
 from m1.sandbox.store import PREFIX
 
 
-class SealedBubblewrap:
+class SealedBubblewrap(ClosedAtExit):
     """A folder of files and a way to run commands on them; see `base.SealedSandbox`."""
 
     def __init__(self, *, limits: Limits | None = None) -> None:
@@ -60,16 +58,3 @@ class SealedBubblewrap:
         """Remove the folder."""
         self._is_closed = True
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()

@@ -8,14 +8,12 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from m1.sandbox.base import MIB, ExecResult, Limits
+from m1.sandbox.base import MIB, ClosedAtExit, ExecResult, Limits
 from m1.sandbox.process import collect, kill_group
 
 
-class UnprotectedProcess:
+class UnprotectedProcess(ClosedAtExit):
     """Runs commands of the user's own in a temporary folder, with rlimits and nothing else.
 
     Paths below /work in a command mean the folder, which a real sandbox mounts there.
@@ -83,16 +81,3 @@ class UnprotectedProcess:
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        """The sandbox itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()

@@ -12,7 +12,7 @@ from m1.model.routing import take_difference
 from m1.rollout.filtering import SampledBatch
 from m1.train.batches import TrainSample
 from m1.train.trainer import Trainer
-from m1.types import M1Error
+from m1.types import Completion, M1Error, Rollout
 
 
 def rollout_metrics(sampled: SampledBatch) -> dict[str, float]:
@@ -29,7 +29,7 @@ def rollout_metrics(sampled: SampledBatch) -> dict[str, float]:
     if not rollouts:
         return metrics
     lengths = [len(r.completion.tokens) for r in rollouts]
-    entropies = np.concatenate([r.completion.entropies for r in rollouts])
+    entropies = np.concatenate([_sampled_entropies(r.completion) for r in rollouts])
     reasons = [r.completion.finish_reason for r in rollouts]
     metrics |= {
         "rl/reward": float(np.mean([r.reward.total for r in rollouts])),
@@ -45,7 +45,28 @@ def rollout_metrics(sampled: SampledBatch) -> dict[str, float]:
     penalties = [r.reward.parts["overlong"] for r in rollouts if "overlong" in r.reward.parts]
     if penalties:
         metrics["rl/overlong"] = float(np.mean(penalties))
-    return metrics
+    return metrics | _episode_metrics(rollouts)
+
+
+def _sampled_entropies(completion: Completion) -> np.ndarray:
+    """Of the tokens that the policy sampled."""
+    entropies = np.asarray(completion.entropies, dtype=np.float64)
+    return (
+        entropies if completion.loss_mask is None else entropies[np.asarray(completion.loss_mask)]
+    )
+
+
+def _episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Means over episodes of software engineering; nothing where there are none."""
+    parts = [r.reward.parts for r in rollouts if "exploits" in r.reward.parts]
+    if not parts:
+        return {}
+    names = ("resolved", "f2p_rate", "p2p_rate", "turns")
+    return {
+        "rl/episodes": float(len(parts)),
+        "rl/episodes_with_exploits_fraction": float(np.mean([p["exploits"] > 0 for p in parts])),
+        **{f"rl/episode_{name}": float(np.mean([p[name] for p in parts])) for name in names},
+    }
 
 
 def mismatch_metrics(

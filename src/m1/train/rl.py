@@ -13,6 +13,7 @@ from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
 from m1.model.parallel import initialize
 from m1.rollout.filtering import SampledBatch, faults
+from m1.rollout.swe import handed_over
 from m1.stage import PROBABILITIES, StageContext, StageOutput
 from m1.storage import atomic_write
 from m1.train.batches import TrainSample
@@ -58,6 +59,10 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     initialize(config.parallel, seed=recipe.seed)
     tokenizer = Tokenizer(context.path_of("data") / "tokenizer")
     all_tasks = tasks_at_length(context, config)
+    swe = None
+    if config.episodes is not None:
+        swe = handed_over(context, recipe, config.episodes, is_heldout=False)
+        all_tasks += swe.tasks()
     tasks = Curriculum(all_tasks, config.curriculum, seed=recipe.seed)
     gate = gate_of(config)
     trainer = Trainer(
@@ -81,7 +86,7 @@ def rl(context: StageContext, recipe: Recipe) -> StageOutput:
     rewind_rollouts(context, step)
     watch = _Watch(context, config)
     rollouts = open_rollouts(
-        context, recipe, trainer, tasks, all_tasks, parent, phase=watch.phase, state=state
+        context, recipe, trainer, tasks, all_tasks, parent, phase=watch.phase, state=state, swe=swe
     )
     with rollouts:
         while step < config.num_steps and not gate.is_done:

@@ -11,6 +11,7 @@ from m1.inference.engine import LocalEngine
 from m1.rewards.service.pool import RewardService, ServiceConfig
 from m1.rollout.groups import needs_service
 from m1.rollout.replicas import Replicas
+from m1.rollout.swe import SWE, SweTasks
 from m1.rollout.tasks import TaskSource
 from m1.stage import StageContext
 from m1.train.sampling import Parts, Rollouts, synchronous
@@ -29,6 +30,7 @@ def open_rollouts(
     *,
     phase: Callable[[str], None],
     state: Mapping[str, Any],
+    swe: SweTasks | None = None,
 ) -> Rollouts:
     """Make ready whoever samples.
 
@@ -41,6 +43,7 @@ def open_rollouts(
         parent: Checkpoint that the stage began with, for workers to start from.
         phase: Told when sampling and scoring begin.
         state: What was saved with the checkpoint, `rollouts` among it; a fresh stage's has none.
+        swe: What tasks of software engineering need, where there are some.
 
     Raises:
         M1Error: The layout cannot sample, or a worker does not come up.
@@ -57,7 +60,7 @@ def open_rollouts(
     replicas = Replicas.on_first_rank() if has_workers else Replicas.of(config.parallel)
     with ExitStack() as stack:
         service = None
-        if replicas.is_first and needs_service(all_tasks):
+        if replicas.is_first and needs_service(task for task in all_tasks if task.verifier != SWE):
             settings = config.reward_service
             service = stack.enter_context(
                 RewardService(
@@ -78,6 +81,7 @@ def open_rollouts(
             service=service,
             replicas=replicas,
             phase=phase,
+            swe=swe,
         )
         saved = state.get("rollouts", {})
         if not has_workers:

@@ -51,10 +51,13 @@ def _sample(
     num_prompt = len(completion.prompt_tokens)
     logprobs = torch.zeros(len(ids) - 1)
     logprobs[num_prompt - 1 :] = torch.tensor(completion.logprobs)
+    loss_mask = torch.arange(len(ids) - 1) >= num_prompt - 1
+    if completion.loss_mask is not None:
+        loss_mask[num_prompt - 1 :] = torch.tensor(completion.loss_mask)
     return TrainSample(
         tokens=ids[:-1],
         targets=ids[1:],
-        loss_mask=torch.arange(len(ids) - 1) >= num_prompt - 1,
+        loss_mask=loss_mask,
         behaviour_logprobs=logprobs,
         advantage=advantage,
         prompt=prompt,

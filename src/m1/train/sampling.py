@@ -12,6 +12,7 @@ from m1.inference.engine import Engine
 from m1.rewards.service.pool import RewardService
 from m1.rollout.filtering import SampledBatch
 from m1.rollout.replicas import Replicas
+from m1.rollout.swe import SweTasks
 from m1.rollout.synchronous import SyncRollouts
 from m1.rollout.tasks import TaskSource
 from m1.stage import StageContext
@@ -82,6 +83,8 @@ class Parts:
     service: RewardService | None
     replicas: Replicas
     phase: Callable[[str], None]
+    swe: SweTasks | None = None
+    """What tasks of software engineering need; None where there are none."""
 
 
 def synchronous(parts: Parts, engine: Engine | None) -> SyncRollouts:
@@ -95,4 +98,5 @@ def synchronous(parts: Parts, engine: Engine | None) -> SyncRollouts:
         service=parts.service,
         replicas=parts.replicas,
         phase=parts.phase,
+        swe=parts.swe,
     )

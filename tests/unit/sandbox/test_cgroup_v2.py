@@ -68,8 +68,9 @@ def test_processor_time_counts_the_dead(group):
 )
 def test_a_group_with_bounds_ends_what_exceeds_its_memory(monkeypatch):
     monkeypatch.setenv("M1_CGROUP", str(mounted()))
-    bounded = GroupV2(f"m1-sandbox-{os.getpid()}-v2memory", 32, 8)
+    bounded = GroupV2(f"m1-sandbox-{os.getpid()}-v2memory")
     try:
+        bounded.bound(memory_mib=32, num_processes=8)
         process = start(bounded, "python3 -c 'x = bytearray(200 << 20)'")
         process.wait()
         assert process.returncode != 0

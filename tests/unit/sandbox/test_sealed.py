@@ -136,7 +136,7 @@ def test_groups_of_dead_owners_are_swept():
         group.remove()
     dead = 2**22 - 1
     kind = type(group)
-    left = kind(f"m1-sandbox-{dead}-0", 64, 4)
+    left = kind(f"m1-sandbox-{dead}-0")
     assert Path(left.entrances[0]).exists()
     assert cgroup.sweep() == 1
     assert not Path(left.entrances[0]).exists()
@@ -149,7 +149,7 @@ def test_several_threads_may_sweep_the_same_groups():
     group.remove()
     dead = 2**22 - 1
     for round_ in range(10):
-        left = [kind(f"m1-sandbox-{dead}-{round_}{number}", 64, 4) for number in range(5)]
+        left = [kind(f"m1-sandbox-{dead}-{round_}{number}") for number in range(5)]
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(lambda _: cgroup.sweep(), range(4)))
         assert not any(Path(path).exists() for one in left for path in one.entrances)

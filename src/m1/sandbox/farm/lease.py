@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from m1.sandbox.base import (
     MIB,
     WORK,
+    ClosedAtExit,
     ExecResult,
     Limits,
     OutputSink,
@@ -35,7 +36,7 @@ class Landlord(Protocol):
         """Told once, when the sandbox is closed."""
 
 
-class Lease:
+class Lease(ClosedAtExit):
     """A sandbox for a time; a `Sandbox` itself, whose `close` gives the room back."""
 
     def __init__(self, farm: Landlord, sandbox: Sandbox, limits: Limits, seconds: float) -> None:
@@ -129,19 +130,6 @@ class Lease:
                 self._sandbox.renew(seconds)
             except SandboxError:
                 self._farm.metrics.failed("renew")
-
-    def __enter__(self) -> Self:
-        """The lease itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def _running(self) -> "_Running":
         return _Running(self)

@@ -9,11 +9,10 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from m1.sandbox.base import (
     Backend,
+    ClosedAtExit,
     Environment,
     Limits,
     SandboxError,
@@ -47,8 +46,11 @@ class FarmConfig:
     """A cluster ends what was not renewed for three times as long."""
 
 
-class Farm:
-    """Leases of sandboxes; threads share it, and it must be closed."""
+class Farm(ClosedAtExit):
+    """Leases of sandboxes; threads share it, and it must be closed.
+
+    Itself a `base.Backend`, whose sandboxes are leases.
+    """
 
     def __init__(
         self,
@@ -125,6 +127,21 @@ class Farm:
             self._count()
         return held
 
+    @property
+    def name(self) -> str:
+        """The backend's."""
+        return self.backend.name
+
+    def open(
+        self, environment: Environment | None = None, *, limits: Limits | None = None
+    ) -> Lease:
+        """A lease, however long it takes to get one; see `lease`."""
+        return self.lease(environment, limits=limits)
+
+    def collect_garbage(self) -> int:
+        """The backend's."""
+        return self.backend.collect_garbage()
+
     def close(self) -> None:
         """Close every sandbox; callers that wait are refused."""
         self._closing.set()
@@ -135,19 +152,6 @@ class Farm:
             held.close()
         self._keeper.join()
         self._warm.close()
-
-    def __enter__(self) -> Self:
-        """The farm itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
 
     def released(self, held: Lease) -> None:
         """Make room for the next; called by the lease."""

@@ -76,6 +76,8 @@ def reporter(pytest, send, changes, only, done):
 
         def pytest_runtest_logreport(self, report):
             outcome = report.outcome
+            if outcome != "failed" and hasattr(report, "context"):
+                return  # of a subtest: the test itself still goes on
             message = _text(report) if outcome != "passed" else ""
             send(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
 
@@ -106,6 +108,9 @@ _PEEKING = frozenset(
 
 _DIRECT = frozenset({"sys._getframe", "object.__getattr__", "code.__new__"})
 """Those of them that count only when the tree's code does them itself: libraries do them too."""
+
+
+_ATTRIBUTES = frozenset({"object.__getattr__", "object.__setattr__"})
 
 
 def sentry(job, send):
@@ -142,7 +147,7 @@ def sentry(job, send):
         if busy[0]:
             return
         is_reading = event == "open" or event == "compile"
-        is_code = event == "object.__getattr__" and arguments[1] == "__code__"
+        is_code = event in _ATTRIBUTES and arguments[1] == "__code__"
         if not (is_reading or is_code or event in _PEEKING):
             return
         busy[0] = True
@@ -162,38 +167,36 @@ def sentry(job, send):
     return hook
 
 
-def _code(thing):
-    """The code of a function or method; None for anything else."""
-    inner = thing.__func__ if isinstance(thing, (staticmethod, classmethod)) else thing
-    return inner.__code__ if isinstance(inner, types.FunctionType) else None
-
-
 class watch:
-    """Whether functions of pytest, unittest and builtins are still what they were at first."""
+    """Whether functions of pytest, unittest and builtins are still what they were at first.
+
+    Their code cannot be exchanged unseen either: `sentry` hears of it. Looking at it here after
+    every test would take as long as the tests of a small package.
+    """
 
     def __init__(self, builtins):
         self.found = set()
-        self.kept = []
-        for name, thing in vars(builtins).items():
-            self.kept.append(("builtins." + name, builtins, name, thing, _code(thing)))
+        self.kept = [("builtins.", vars(builtins), list(vars(builtins).items()))]
         tops = ("pytest", "_pytest", "pluggy", "unittest")
         for label, module in sorted(sys.modules.items()):
             if label.split(".")[0] in tops and module is not None:
                 self._keep(label, module, label)
 
     def _keep(self, label, owner, module):
+        known = []
         for name, thing in list(vars(owner).items()):
-            code = _code(thing)
-            if code is not None or isinstance(thing, property):
-                self.kept.append((label + "." + name, owner, name, thing, code))
+            inner = thing.__func__ if isinstance(thing, (staticmethod, classmethod)) else thing
+            if isinstance(inner, (types.FunctionType, property)):
+                known.append((name, thing))
             elif isinstance(thing, type) and thing.__module__ == module and owner is not thing:
-                self.kept.append((label + "." + name, owner, name, thing, _code(thing)))
+                known.append((name, thing))
                 if not isinstance(owner, type):
                     self._keep(label + "." + name, thing, module)
+        self.kept.append((label + ".", vars(owner), known))
 
     def look(self):
         """Compare once more."""
-        for label, owner, name, thing, code in self.kept:
-            now = vars(owner).get(name)
-            if (now is not thing or _code(now) is not code) and label not in _CHANGED_BY_PYTEST:
-                self.found.add(label)
+        for label, now, known in self.kept:
+            for name, thing in known:
+                if now.get(name) is not thing and label + name not in _CHANGED_BY_PYTEST:
+                    self.found.add(label + name)

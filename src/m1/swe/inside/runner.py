@@ -42,6 +42,7 @@ def main(job):
     data = json.dumps(result).encode("utf-8", "backslashreplace")
     while data:
         data = data[os.write(channel, data) :]
+    os._exit(0)  # taking the interpreter down would only take time
 
 
 def supervise(job, result):
