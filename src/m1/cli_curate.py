@@ -7,8 +7,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from m1.curate.calibration_files import calibrate_files, read_calibration
-from m1.curate.files import curate_files, read_settings
+from m1.curate.calibration import CalibrateConfig
+from m1.curate.calibration_files import calibrate_files
+from m1.curate.files import curate_files
+from m1.curate.settings import CurateConfig, read_settings
 
 
 def curate(
@@ -17,7 +19,7 @@ def curate(
 ) -> None:
     """Filter, deduplicate and decontaminate tasks; writes them with a card and a funnel chart."""
     console = Console()
-    config = read_settings(settings)
+    config = read_settings(settings, CurateConfig, holds="[[inputs]]")
     card = curate_files(config, output, report=lambda step: console.print(f"  {step}"))
     table = Table("step", "left")
     for row in card["funnel"]:
@@ -35,7 +37,7 @@ def calibrate(
 ) -> None:
     """Sample models on logic tasks and find the difficulties that are worth training on."""
     console = Console()
-    config = read_calibration(settings)
+    config = read_settings(settings, CalibrateConfig, holds="a [base] model")
     table = calibrate_files(config, output, report=lambda cell: console.print(f"  {cell}"))
     shown = Table("task", "useful difficulties")
     for name, difficulties in table.items():

@@ -1,12 +1,9 @@
 """Difficulty calibration from a settings file to tables, a recipe fragment and a chart."""
 
 import json
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from m1.curate.calibration import (
     CalibrateConfig,
@@ -24,20 +21,6 @@ from m1.storage import atomic_write
 from m1.types import M1Error
 
 _INTERVAL = (0.025, 0.975)
-
-
-def read_calibration(path: Path) -> CalibrateConfig:
-    """Settings from a TOML file.
-
-    Raises:
-        M1Error: The file is missing or wrong; the message says where.
-    """
-    if not path.is_file():
-        raise M1Error(f"{path} is not a file; give a TOML file with a [base] model")
-    try:
-        return CalibrateConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise M1Error(f"{path}: {error}") from error
 
 
 def calibrate_files(

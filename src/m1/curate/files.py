@@ -1,11 +1,8 @@
 """Curation from a settings file to an output folder."""
 
-import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from m1.curate.card import write_curated
 from m1.curate.pass_rate import Sampler
@@ -16,20 +13,6 @@ from m1.data.tasks import read_tasks
 from m1.data.tasks.loading import load_layout
 from m1.rewards.service.pool import RewardService
 from m1.types import M1Error, Task
-
-
-def read_settings(path: Path) -> CurateConfig:
-    """Settings from a TOML file.
-
-    Raises:
-        M1Error: The file is missing or wrong; the message says where.
-    """
-    if not path.is_file():
-        raise M1Error(f"{path} is not a file; give a TOML file with [[inputs]]")
-    try:
-        return CurateConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise M1Error(f"{path}: {error}") from error
 
 
 def curate_files(

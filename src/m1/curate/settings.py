@@ -1,16 +1,40 @@
 """What a user writes to curate tasks."""
 
-from typing import Annotated, Literal, Self
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from m1.config.base import Config, Fraction, PositiveInt, refuse
 from m1.config.schema import SamplingConfig
+from m1.types import M1Error
+
+Settings = TypeVar("Settings", bound=Config)
 
 FilterName = Literal[
     "incomplete", "multi_part", "proof", "binary", "unparseable", "multiple_choice"
 ]
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def read_settings(path: Path, kind: type[Settings], *, holds: str) -> Settings:
+    """Settings from a TOML file.
+
+    Args:
+        path: The file.
+        kind: What it is read as.
+        holds: What such a file cannot be without, for the message.
+
+    Raises:
+        M1Error: The file is missing or wrong; the message says where.
+    """
+    if not path.is_file():
+        raise M1Error(f"{path} is not a file; give a TOML file with {holds}")
+    try:
+        return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise M1Error(f"{path}: {error}") from error
 
 
 class InputConfig(Config):

@@ -8,7 +8,8 @@ import pytest
 
 from m1.config.data_tables import TaskSourceConfig
 from m1.curate.calibration import CalibrateConfig, Subject, calibrate, draw_puzzles, useful
-from m1.curate.calibration_files import calibrate_files, read_calibration
+from m1.curate.calibration_files import calibrate_files
+from m1.curate.settings import read_settings
 from m1.data.logic.catalogue import logic_task
 from m1.rewards.service.pool import Judgement
 from m1.types import M1Error
@@ -130,7 +131,7 @@ def test_the_table_is_written_as_tasks_of_a_recipe(tmp_path):
 def test_wrong_settings_are_named(tmp_path):
     path = tmp_path / "c.toml"
     with pytest.raises(M1Error, match="is not a file"):
-        read_calibration(path)
+        read_settings(path, CalibrateConfig, holds="a [base] model")
     for text, message in [
         ('tasks = ["chess"]', "no logic tasks"),
         ("base_low = 0.5", "below base_high"),
@@ -139,7 +140,7 @@ def test_wrong_settings_are_named(tmp_path):
     ]:
         path.write_text(text)
         with pytest.raises(M1Error, match=message):
-            read_calibration(path)
+            read_settings(path, CalibrateConfig, holds="a [base] model")
     path.write_text('tasks = ["sudoku"]')
     with pytest.raises(M1Error, match="needs a model"):
-        calibrate_files(read_calibration(path), tmp_path)
+        calibrate_files(read_settings(path, CalibrateConfig, holds="a [base] model"), tmp_path)

