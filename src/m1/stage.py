@@ -8,32 +8,37 @@ of any recipe that need the same stage share it.
 import contextlib
 import json
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stage_hashes, stage_slice
 from m1.storage import (
     LocalStorage,
     Storage,
+    atomic_write,
     disk_errors,
     folder_digest,
     open_storage,
+    publish_pointer,
     read_pointer,
-    write_pointer,
 )
 from m1.tracking.events import EventLog
 from m1.tracking.lineage import StageRun, open_stage_run, tracking_uri
 from m1.types import M1Error, Pointer
 
 LOCK_TIMEOUT_SECONDS = 60.0
+LEASE_TIMEOUT_SECONDS = 90.0
+"""Longer than a dead machine's lease lives."""
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts"
 """Folder with all rollouts, kept by RL stages (`m1.rollout.traces`)."""
@@ -228,15 +233,12 @@ def _run(
     local, folder = local_root(recipe), stage_folder(stage, recipe)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
-    except Timeout:
-        raise M1Error(
-            f"stage {stage} is being run by another process (lock {folder / '.lock'}); "
-            "wait for it or stop it"
-        ) from None
-    with lock, disk_errors(folder):
+    key = pointer_key(stage, stage_hash)
+    with _alone(stage, folder, storage, key), disk_errors(folder):
+        done = finished(stage, recipe)  # by the process that was waited for
+        if done is not None:
+            events.emit(stage, "cached", seconds=done.metadata.get("seconds", 0.0))
+            return done
         started = time.time()
         events.emit(stage, "start")
         run = open_stage_run(
@@ -262,21 +264,65 @@ def _run(
             status = "FINISHED"
         finally:
             run.close(status)  # type: ignore[arg-type]
-        write_pointer(storage, pointer_key(stage, stage_hash), pointer)
-        events.emit(stage, "end", seconds=pointer.metadata["seconds"])
-        return pointer
+        kept = publish_pointer(storage, key, pointer)
+        if kept != pointer and not isinstance(storage, LocalStorage):
+            # Another machine was first; what both computed lies there.
+            storage.remove_folder(_place(context, storage))
+        events.emit(stage, "end", seconds=kept.metadata["seconds"])
+        return kept
+
+
+@contextlib.contextmanager
+def _alone(stage: str, folder: Path, storage: Storage, key: str) -> Iterator[None]:
+    """Keep other processes from running the stage: of this machine, and with S3 of others."""
+    places: list[contextlib.AbstractContextManager[None]] = [
+        LocalStorage(folder).hold(".lock", owner="", timeout_seconds=LOCK_TIMEOUT_SECONDS)
+    ]
+    if not isinstance(storage, LocalStorage):
+        lock = f"{key.rpartition('/')[0]}/.lock"
+        owner = _attempt(folder)
+        places.append(storage.hold(lock, owner=owner, timeout_seconds=LEASE_TIMEOUT_SECONDS))
+    with contextlib.ExitStack() as stack:
+        for place in places:
+            try:
+                stack.enter_context(place)
+            except TimeoutError as error:
+                raise M1Error(
+                    f"stage {stage} is being run by another process ({error}); "
+                    "wait for it or stop it"
+                ) from None
+        yield
+
+
+def _attempt(folder: Path) -> str:
+    """Name of the work in a stage's folder; it stays when the stage is resumed there."""
+    path = folder / ".attempt"
+    if not path.exists():
+        atomic_write(path, uuid.uuid4().hex[:12].encode())
+    return path.read_text()
+
+
+def _place(context: StageContext, storage: Storage) -> str:
+    """Key below which a stage keeps its output.
+
+    On S3 every attempt has its own, so that two machines which run one stage never write to one
+    place; the pointer, which only one of them can create, says whose output holds.
+    """
+    key = f"stages/{context.name}-{context.stage_hash[:12]}"
+    is_local = isinstance(storage, LocalStorage)
+    return key if is_local else f"{key}/{_attempt(context.folder)}"
 
 
 def _finish(
     context: StageContext, output: StageOutput, storage: Storage, seconds: float
 ) -> Pointer:
-    key = f"stages/{context.name}-{context.stage_hash[:12]}"
+    key = _place(context, storage)
     digest = folder_digest(context.output)
     if not isinstance(storage, LocalStorage):
         storage.upload_folder(context.output, f"{key}/output")
         metrics = context.folder / METRICS
         if metrics.exists():
-            storage.write_bytes(f"{key}/{METRICS}", metrics.read_bytes())
+            storage.upload_file(metrics, f"{key}/{METRICS}")
         if (context.folder / ROLLOUTS).is_dir():
             storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
@@ -328,9 +374,14 @@ def fetch(pointer: Pointer, *, scratch: Path) -> Path:
             if found is None
             else f"has digest {found[:12]}, not {pointer.digest[:12]} as written"
         )
+        place = str(folder.parent)
+        if pointer.uri.startswith("s3://"):
+            shutil.rmtree(folder, ignore_errors=True)  # fetched anew if it was damaged here
+            place = pointer.uri.rpartition("/stages/")[2].partition("/")[0]
+            place = f"{pointer.uri.partition('/stages/')[0]}/stages/{place}"
         raise M1Error(
             f"the output of stage {pointer.stage} at {folder} is corrupt: it {what}. Delete "
-            f"{folder.parent} to compute that stage again; other stages' results are not touched"
+            f"{place} to compute that stage again; other stages' results are not touched"
         )
     return folder
 
