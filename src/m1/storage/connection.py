@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 MAX_CONNECTIONS = 32
 STALL_SECONDS = 30.0
-"""A socket that moves nothing for this long is given up and the request repeated."""
+"""A transfer that moves (nearly) nothing for this long is given up and the request repeated;
+S3_STALL_SECONDS changes it."""
 PATIENCE_SECONDS = 120.0
 """How long transfers are retried; S3_RETRY_SECONDS changes it."""
 _TRANSIENT_CODES = {
@@ -82,13 +83,12 @@ def secret(name: str) -> str | None:
         ) from error
 
 
-def make_client(
-    *, timeout_seconds: float = STALL_SECONDS, needs_credentials: bool = True
-) -> "Minio":
+def make_client(*, timeout_seconds: float | None = None, needs_credentials: bool = True) -> "Minio":
     """A client of the configured server, without retries of its own.
 
     Args:
-        timeout_seconds: Longest wait for a connection (at most 5) and for data.
+        timeout_seconds: Longest wait for a connection (at most 5) and for data; absent:
+            `stall_seconds`.
         needs_credentials: Otherwise a client without any asks as everybody may.
 
     Raises:
@@ -100,12 +100,13 @@ def make_client(
     from m1.storage.client import HashedMinio
 
     address = endpoint()
+    timeout = stall_seconds() if timeout_seconds is None else timeout_seconds
     has_credentials = needs_credentials or secret("AWS_ACCESS_KEY_ID")
     scheme, separator, host = address.partition("://")
     authorities = os.environ.get("SSL_CERT_FILE") or os.environ.get("AWS_CA_BUNDLE")
     http = urllib3.PoolManager(
         maxsize=MAX_CONNECTIONS,
-        timeout=urllib3.Timeout(connect=min(5.0, timeout_seconds), read=timeout_seconds),
+        timeout=urllib3.Timeout(connect=min(5.0, timeout), read=timeout),
         retries=False,
         ca_certs=authorities or certifi.where(),
     )
@@ -257,11 +258,18 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, HTTPError | ServerError | BadTransfer | ParseError)
 
 
+def stall_seconds() -> float:
+    """How long a transfer may stand still."""
+    return _seconds("S3_STALL_SECONDS", STALL_SECONDS)
+
+
 def _patience() -> float:
-    given = os.environ.get("S3_RETRY_SECONDS")
+    return _seconds("S3_RETRY_SECONDS", PATIENCE_SECONDS)
+
+
+def _seconds(name: str, default: float) -> float:
+    given = os.environ.get(name)
     try:
-        return float(given) if given else PATIENCE_SECONDS
+        return float(given) if given else default
     except ValueError:
-        raise M1Error(
-            f"S3_RETRY_SECONDS is {given!r}; give the seconds that S3 requests are retried for"
-        ) from None
+        raise M1Error(f"{name} is {given!r}; give a number of seconds") from None

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m1.storage.connection import STALL_SECONDS, BadTransfer, Changed, Connection
+from m1.storage.connection import BadTransfer, Changed, Connection, stall_seconds
 from m1.storage.parts import ObjectFacts, Part, composite, cut, facts, part_digest
 from m1.storage.uploads import head
 from m1.types import M1Error
@@ -197,7 +197,7 @@ def _fetch_range(
 
 def _chunks(response: Any, num_bytes: int) -> Iterator[bytes]:
     """The body of a response, which must have that length and keep some pace."""
-    started, received = time.monotonic(), 0
+    started, received, patience = time.monotonic(), 0, stall_seconds()
     while received < num_bytes:
         chunk = response.read1(min(_CHUNK_BYTES, num_bytes - received))
         if not chunk:
@@ -205,7 +205,7 @@ def _chunks(response: Any, num_bytes: int) -> Iterator[bytes]:
         received += len(chunk)
         yield chunk
         seconds = time.monotonic() - started
-        if seconds > STALL_SECONDS and received < seconds * _SLOWEST_BYTES_PER_SECOND:
+        if seconds > patience and received < seconds * _SLOWEST_BYTES_PER_SECOND:
             raise BadTransfer(f"{received} bytes in {seconds:.0f} s are too slow")
 
 

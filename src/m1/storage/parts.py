@@ -8,6 +8,8 @@ every server keeps checksums of its own.
 import hashlib
 import math
 import os
+import zlib
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +84,15 @@ def part_digest(path: Path, part: Part) -> bytes:
 def composite(digests: Sequence[bytes]) -> str:
     """Digest of a file from those of its parts, in order."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def checksums(data: bytes, digest: bytes) -> dict[str, str]:
+    """Headers by which a server refuses altered bytes.
+
+    S3 and MinIO compare the SHA-256 that the signature covers; SeaweedFS only the CRC-32.
+    """
+    crc = zlib.crc32(data).to_bytes(4, "big")
+    return {BODY_SHA256: digest.hex(), "x-amz-checksum-crc32": b64encode(crc).decode()}
 
 
 def metadata_headers(digest: str, part_bytes: int) -> dict[str, str]:

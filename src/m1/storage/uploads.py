@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from m1.storage.connection import BadTransfer, Changed, Connection
 from m1.storage.disk import atomic_write
 from m1.storage.parts import (
-    BODY_SHA256,
     ObjectFacts,
     Part,
+    checksums,
     composite,
     cut,
     facts,
@@ -104,7 +104,7 @@ def put_bytes(
     headers = {
         **metadata_headers(composite([digest]), part_bytes_of(len(data))),
         **(condition or {}),
-        BODY_SHA256: digest.hex(),
+        **checksums(data, digest),
         "Content-Type": "application/octet-stream",
     }
 
@@ -221,7 +221,7 @@ def _send_part(
     connection: Connection, name: str, path: Path, part: Part, digest: bytes, upload_id: str
 ) -> str:
     data = read_part(path, part)
-    headers = {BODY_SHA256: digest.hex()}
+    headers = checksums(data, digest)
 
     def send(client: "Minio") -> str:
         etag = client._upload_part(

