@@ -8,24 +8,22 @@ of any recipe that need the same stage share it.
 import contextlib
 import json
 import os
-import shutil
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stage_hashes, stage_slice
+from m1.stage_place import alone, fetch, local_root, place, pointer_key, stage_folder
+from m1.stage_records import ids_of, open_run, send_pending
 from m1.storage import (
     LocalStorage,
     Storage,
-    atomic_write,
     disk_errors,
     folder_digest,
     open_storage,
@@ -33,12 +31,25 @@ from m1.storage import (
     read_pointer,
 )
 from m1.tracking.events import EventLog
-from m1.tracking.lineage import StageRun, open_stage_run, tracking_uri
+from m1.tracking.outbox import QueuedRun
 from m1.types import M1Error, Pointer
 
-LOCK_TIMEOUT_SECONDS = 60.0
-LEASE_TIMEOUT_SECONDS = 90.0
-"""Longer than a dead machine's lease lives."""
+__all__ = [
+    "StageBody",
+    "StageContext",
+    "StageOutput",
+    "assist",
+    "execute",
+    "exit_with_launcher",
+    "fetch",
+    "finished",
+    "local_root",
+    "pointer_key",
+    "read_metrics",
+    "send_pending",
+    "stage_folder",
+]
+
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts"
 """Folder with all rollouts, kept by RL stages (`m1.rollout.traces`)."""
@@ -71,12 +82,14 @@ class StageContext:
     """The stage's own folder, kept between attempts."""
     inputs: Mapping[str, Pointer]
     """Outputs of earlier stages, by stage."""
-    _run: StageRun | None
+    _run: QueuedRun | None
     events: EventLog
     _fetch: Callable[[Pointer], Path]
+    output_uri: str
+    """Where `output` will lie for later stages."""
 
     @property
-    def run(self) -> StageRun:
+    def run(self) -> QueuedRun:
         """The stage's MLflow run, which only the first rank has."""
         if self._run is None:
             raise RuntimeError(f"stage {self.name} records on its first rank only")
@@ -143,11 +156,6 @@ class StageContext:
 StageBody = Callable[[StageContext, Recipe], StageOutput]
 
 
-def pointer_key(stage: str, stage_hash: str) -> str:
-    """Where a stage's pointer lies below the run root."""
-    return f"stages/{stage}-{stage_hash[:12]}/pointer.json"
-
-
 def finished(stage: str, recipe: Recipe) -> Pointer | None:
     """The pointer of a stage that is done, or None."""
     storage = open_storage(recipe.storage.root)
@@ -198,27 +206,19 @@ def assist(
     """A further rank's part of a stage that the first rank `execute`s: the body, and no records."""
     exit_with_launcher()
     local = local_root(recipe)
+    folder = stage_folder(stage, recipe)
+    storage = open_storage(recipe.storage.root)
     context = StageContext(
         name=stage,
         stage_hash=stage_hashes(recipe)[stage],
-        folder=stage_folder(stage, recipe),
+        folder=folder,
         inputs=dict(inputs) if inputs is not None else _find_inputs(stage, recipe),
         _run=None,
         events=EventLog(None),
         _fetch=lambda pointer: fetch(pointer, scratch=local),
+        output_uri=storage.uri(f"{place(folder, storage)}/output"),
     )
     body(context, recipe)
-
-
-def local_root(recipe: Recipe) -> Path:
-    """Folder on this machine for runs: the storage root, or the scratch folder beside S3."""
-    is_local = isinstance(open_storage(recipe.storage.root), LocalStorage)
-    return Path(recipe.storage.root if is_local else recipe.storage.scratch).absolute()
-
-
-def stage_folder(stage: str, recipe: Recipe) -> Path:
-    """The stage's own folder on this machine."""
-    return local_root(recipe) / Path(pointer_key(stage, stage_hashes(recipe)[stage])).parent
 
 
 def _run(
@@ -234,19 +234,14 @@ def _run(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     key = pointer_key(stage, stage_hash)
-    with _alone(stage, folder, storage, key), disk_errors(folder):
+    with alone(stage, folder, storage, key), disk_errors(folder):
         done = finished(stage, recipe)  # by the process that was waited for
         if done is not None:
             events.emit(stage, "cached", seconds=done.metadata.get("seconds", 0.0))
             return done
         started = time.time()
         events.emit(stage, "start")
-        run = open_stage_run(
-            uri=tracking_uri(recipe.tracking, local),
-            experiment=recipe.tracking.experiment,
-            stage=stage,
-            stage_hash=stage_hash,
-        )
+        run = open_run(stage, recipe)
         context = StageContext(
             name=stage,
             stage_hash=stage_hash,
@@ -255,6 +250,7 @@ def _run(
             _run=run,
             events=events,
             _fetch=lambda pointer: fetch(pointer, scratch=local),
+            output_uri=storage.uri(f"{place(folder, storage)}/output"),
         )
         status = "FAILED"
         try:
@@ -264,59 +260,19 @@ def _run(
             status = "FINISHED"
         finally:
             run.close(status)  # type: ignore[arg-type]
+        pointer.metadata.update(ids_of(run))
         kept = publish_pointer(storage, key, pointer)
         if kept != pointer and not isinstance(storage, LocalStorage):
             # Another machine was first; what both computed lies there.
-            storage.remove_folder(_place(context, storage))
+            storage.remove_folder(place(folder, storage))
         events.emit(stage, "end", seconds=kept.metadata["seconds"])
         return kept
-
-
-@contextlib.contextmanager
-def _alone(stage: str, folder: Path, storage: Storage, key: str) -> Iterator[None]:
-    """Keep other processes from running the stage: of this machine, and with S3 of others."""
-    places: list[contextlib.AbstractContextManager[None]] = [
-        LocalStorage(folder).hold(".lock", owner="", timeout_seconds=LOCK_TIMEOUT_SECONDS)
-    ]
-    if not isinstance(storage, LocalStorage):
-        lock = f"{key.rpartition('/')[0]}/.lock"
-        owner = _attempt(folder)
-        places.append(storage.hold(lock, owner=owner, timeout_seconds=LEASE_TIMEOUT_SECONDS))
-    with contextlib.ExitStack() as stack:
-        for place in places:
-            try:
-                stack.enter_context(place)
-            except TimeoutError as error:
-                raise M1Error(
-                    f"stage {stage} is being run by another process ({error}); "
-                    "wait for it or stop it"
-                ) from None
-        yield
-
-
-def _attempt(folder: Path) -> str:
-    """Name of the work in a stage's folder; it stays when the stage is resumed there."""
-    path = folder / ".attempt"
-    if not path.exists():
-        atomic_write(path, uuid.uuid4().hex[:12].encode())
-    return path.read_text()
-
-
-def _place(context: StageContext, storage: Storage) -> str:
-    """Key below which a stage keeps its output.
-
-    On S3 every attempt has its own, so that two machines which run one stage never write to one
-    place; the pointer, which only one of them can create, says whose output holds.
-    """
-    key = f"stages/{context.name}-{context.stage_hash[:12]}"
-    is_local = isinstance(storage, LocalStorage)
-    return key if is_local else f"{key}/{_attempt(context.folder)}"
 
 
 def _finish(
     context: StageContext, output: StageOutput, storage: Storage, seconds: float
 ) -> Pointer:
-    key = _place(context, storage)
+    key = place(context.folder, storage)
     digest = folder_digest(context.output)
     if not isinstance(storage, LocalStorage):
         storage.upload_folder(context.output, f"{key}/output")
@@ -326,7 +282,7 @@ def _finish(
         if (context.folder / ROLLOUTS).is_dir():
             storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
-    metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
+    metadata = {**output.metadata, "seconds": seconds}
     for name in output.datasets:
         context.run.log_dataset(
             name,
@@ -336,7 +292,7 @@ def _finish(
         )
     if output.is_model:
         parent = _parent_model(context.inputs)
-        metadata["model_id"] = context.run.log_output_model(
+        context.run.log_output_model(
             f"{context.name}-checkpoint",
             checkpoint_uri=uri,
             step=output.step or 0,
@@ -350,40 +306,6 @@ def _finish(
         step=output.step,
         metadata=metadata,
     )
-
-
-def fetch(pointer: Pointer, *, scratch: Path) -> Path:
-    """Local folder with a stage's output, downloaded from S3 if need be, and verified.
-
-    Raises:
-        M1Error: A file of the output is missing or differs from what was written.
-    """
-    if pointer.uri.startswith("s3://"):
-        folder = scratch / "downloads" / pointer.digest[:16]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # ranks of a machine ask at once
-            if not folder.exists():
-                root, _, key = pointer.uri.partition("/stages/")
-                open_storage(root).download_folder(f"stages/{key}", folder)
-    else:
-        folder = Path(pointer.uri)
-    found = folder_digest(folder) if folder.is_dir() else None
-    if found != pointer.digest:
-        what = (
-            "is missing"
-            if found is None
-            else f"has digest {found[:12]}, not {pointer.digest[:12]} as written"
-        )
-        place = str(folder.parent)
-        if pointer.uri.startswith("s3://"):
-            shutil.rmtree(folder, ignore_errors=True)  # fetched anew if it was damaged here
-            place = pointer.uri.rpartition("/stages/")[2].partition("/")[0]
-            place = f"{pointer.uri.partition('/stages/')[0]}/stages/{place}"
-        raise M1Error(
-            f"the output of stage {pointer.stage} at {folder} is corrupt: it {what}. Delete "
-            f"{place} to compute that stage again; other stages' results are not touched"
-        )
-    return folder
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -416,7 +338,7 @@ def _parent_model(inputs: Mapping[str, Pointer]) -> str | None:
     return ids[-1] if ids else None
 
 
-def _log_inputs(run: StageRun, recipe: Recipe, stage: str, inputs: Mapping[str, Pointer]) -> None:
+def _log_inputs(run: QueuedRun, recipe: Recipe, stage: str, inputs: Mapping[str, Pointer]) -> None:
     run.log_params(stage_slice(stage, recipe))
     if "data" in inputs:
         data = inputs["data"]
