@@ -13,6 +13,7 @@ from m1 import (
     cli_convert,
     cli_curate,
     cli_grade,
+    cli_lineage,
     cli_plan,
     cli_recipe,
     cli_rollouts,
@@ -43,6 +44,7 @@ app.command()(cli_chat.chat)
 app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
 app.command()(cli_curate.calibrate)
+app.command()(cli_lineage.lineage)
 app.command()(cli_services.up)
 app.command()(cli_services.down)
 app.command()(cli_services.status)

@@ -59,6 +59,7 @@ def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         "M1_LAUNCHER_PID": str(os.getpid()),
         # Sources edited during the run must not change its hashes.
         "M1_IMAGE_DIGEST": image_digest(),
+        "M1_GIT_COMMIT": git_commit(),
         "MLFLOW_TRACKING_URI": uri,
         "PYTHONWARNINGS": "ignore",
         **({"MLFLOW_RUN_ID": parent} if parent else {}),
@@ -93,6 +94,7 @@ def run_single_stage(name: str, recipe: Recipe, *, console: Console) -> Pointer:
         folder.mkdir(parents=True, exist_ok=True)
     events = folder / "events.jsonl"
     os.environ["M1_EVENTS"] = str(events.absolute())
+    os.environ.setdefault("M1_GIT_COMMIT", git_commit())
     with PipelineDisplay([name], events, console):
         pointer = run_stage(name, recipe)
     console.print(f"{name} {pointer.stage_hash[:12]}: {pointer.uri}", soft_wrap=True)

@@ -20,7 +20,7 @@ import psutil
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stage_hashes, stage_slice
 from m1.stage_place import alone, fetch, local_root, place, pointer_key, stage_folder
-from m1.stage_records import ids_of, open_run, send_pending
+from m1.stage_records import ids_of, open_run, origin, send_pending
 from m1.storage import (
     LocalStorage,
     Storage,
@@ -256,7 +256,7 @@ def _run(
         try:
             _log_inputs(run, recipe, stage, inputs)
             output = body(context, recipe)
-            pointer = _finish(context, output, storage, round(time.time() - started, 3))
+            pointer = _finish(context, recipe, output, storage, round(time.time() - started, 3))
             status = "FINISHED"
         finally:
             run.close(status)  # type: ignore[arg-type]
@@ -270,7 +270,7 @@ def _run(
 
 
 def _finish(
-    context: StageContext, output: StageOutput, storage: Storage, seconds: float
+    context: StageContext, recipe: Recipe, output: StageOutput, storage: Storage, seconds: float
 ) -> Pointer:
     key = place(context.folder, storage)
     digest = folder_digest(context.output)
@@ -282,12 +282,17 @@ def _finish(
         if (context.folder / ROLLOUTS).is_dir():
             storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
-    metadata = {**output.metadata, "seconds": seconds}
-    for name in output.datasets:
+    datasets = {name: folder_digest(context.output / name) for name in output.datasets}
+    metadata = {
+        **output.metadata,
+        "seconds": seconds,
+        "lineage": origin(context.name, recipe, context.inputs, datasets),
+    }
+    for name, its_digest in datasets.items():
         context.run.log_dataset(
             name,
             source_uri=f"{uri}/{name}",
-            digest=folder_digest(context.output / name),
+            digest=its_digest,
             context="output",
         )
     if output.is_model:

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from faulty_proxy import faulty_proxy
@@ -26,6 +27,7 @@ from m1.tracking.store import StoreAway, open_client
 from m1.types import Pointer
 
 pytestmark = pytest.mark.slow
+MINI = Path(__file__).parents[1] / "recipes" / "mini.toml"
 DIGEST = "0123456789abcdef" * 4
 
 
@@ -186,7 +188,7 @@ def test_training_goes_on_without_the_server_and_its_records_arrive_later(
     weak_server, tmp_path, down_at, up_at
 ):
     sets = [f"storage.root={tmp_path}", f"tracking.experiment=weak-{down_at}-{up_at}"]
-    recipe = load_recipe(["tests/recipes/mini.toml"], overrides=sets)
+    recipe = load_recipe([MINI], overrides=sets)
 
     def before_step(step):
         if step == down_at:
@@ -230,7 +232,7 @@ def test_a_task_of_kubeflow_uses_the_run_that_its_plugin_made(weak_server, tmp_p
     task = client.create_run(experiment, run_name="task of KFP", tags=tags)
     monkeypatch.setenv("MLFLOW_RUN_ID", task.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
-    recipe = load_recipe(["tests/recipes/mini.toml"], overrides=[f"storage.root={tmp_path}"])
+    recipe = load_recipe([MINI], overrides=[f"storage.root={tmp_path}"])
     pointer = execute("data", recipe, _body(lambda step: None))
     assert pointer.metadata["mlflow_run_id"] == task.info.run_id
     run = client.get_run(task.info.run_id)

@@ -179,6 +179,7 @@ _NOT_COMPUTING = frozenset(
     {
         "cli.py",
         "cli_convert.py",
+        "cli_lineage.py",
         "cli_plan.py",
         "cli_recipe.py",
         "cli_rollouts.py",
