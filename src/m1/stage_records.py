@@ -13,7 +13,7 @@ from m1.stage_place import local_root, pointer_key, stage_folder
 from m1.storage import open_storage, read_pointer, write_pointer
 from m1.tracking.lineage import open_stage_run, tracking_uri
 from m1.tracking.outbox import QueuedRun, journals, read_journal
-from m1.tracking.store import TAG_GIT_COMMIT, short_digest
+from m1.tracking.store import TAG_GIT_COMMIT, StoreAway, short_digest, without_secret
 from m1.types import Pointer
 
 
@@ -104,8 +104,10 @@ def send_pending(recipe: Recipe) -> list[str]:
             stage=pointer.stage,
             stage_hash=pointer.stage_hash,
         )
-        run = QueuedRun(uri, opener, journal.parent, pointer.stage_hash)
-        run.replay(read_journal(journal) if journal.exists() else [])
+        calls = read_journal(journal)
+        run = QueuedRun(uri, opener, journal.parent, pointer.stage_hash, journal=calls)
+        if not run.is_delivered:
+            raise StoreAway(f"the MLflow server at {without_secret(uri)} does not answer")
         known = {**pointer.metadata, **ids_of(run)}
         write_pointer(storage, key, replace(pointer, metadata=known))
         sent.append(pointer.stage)

@@ -16,7 +16,7 @@ from typing import Any
 from m1.storage import atomic_write
 from m1.tracking.rollout_traces import RolloutTrace
 from m1.tracking.stage_run import RunStatus, StageRun
-from m1.tracking.store import PENDING, StoreAway, is_away, require_answer
+from m1.tracking.store import PENDING, is_away, require_answer
 
 JOURNAL = "lineage.jsonl"
 METRICS = "metrics.jsonl"
@@ -28,7 +28,13 @@ class QueuedRun:
     """The calls of a `StageRun`, in order, now or when the server is back."""
 
     def __init__(
-        self, uri: str, open_run: Callable[[], StageRun], folder: Path, stage_hash: str
+        self,
+        uri: str,
+        open_run: Callable[[], StageRun],
+        folder: Path,
+        stage_hash: str,
+        *,
+        journal: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Open the run if the server answers.
 
@@ -37,10 +43,11 @@ class QueuedRun:
             open_run: Opens or resumes the run.
             folder: The stage's own.
             stage_hash: The stage's hash.
+            journal: Calls of an ended stage that wait; absent: the stage begins.
         """
         self._uri, self._open_run, self._stage_hash = uri, open_run, stage_hash
         self._journal, self._metrics = folder / JOURNAL, folder / METRICS
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting = [dict(call) for call in journal]
         self._run: StageRun | None = None
         self._next_attempt = 0.0
         self._made_model: str | None = None
@@ -131,22 +138,10 @@ class QueuedRun:
             self._write_journal()
             _log.warning("MLflow is away; %s keeps what it has not taken", self._journal)
 
-    def replay(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Make the calls of a journal.
-
-        Raises:
-            StoreAway: The server does not answer; the journal is as it was.
-        """
-        self._waiting = [dict(line) for line in lines]
-        self._next_attempt = 0.0
-        self._deliver()
-        if not self.is_delivered:
-            raise StoreAway(f"the MLflow server at {self._uri} does not answer")
-
     def _call(self, method: str, *args: Any, **keywords: Any) -> None:
         self._waiting.append({"method": method, "args": args, "keywords": keywords})
         self._deliver()
-        if self._waiting:
+        if self._waiting and time.monotonic() < self._next_attempt:
             self._write_journal()
 
     def _deliver(self) -> None:
@@ -194,6 +189,8 @@ class QueuedRun:
         if not is_away(error, self._uri):
             raise error
         self._next_attempt = time.monotonic() + _AGAIN_SECONDS
+        if self._waiting:
+            self._write_journal()
         _log.warning("MLflow is away (%s); records wait in %s", error, self._journal)
 
     def _write_journal(self) -> None:
