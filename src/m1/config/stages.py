@@ -194,6 +194,7 @@ _NOT_COMPUTING = frozenset(
         "profiles.py",
         "rank.py",
         "ranks.py",
+        "service_files.py",
         "services.py",
         "tracking",
         "ui.py",
