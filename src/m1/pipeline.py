@@ -226,8 +226,8 @@ def _deliver(recipe: Recipe, console: Console) -> bool:
 
 def _say_away(console: Console) -> None:
     console.print(
-        "[yellow]MLflow does not answer; records wait in the run's folder. The next m1 run, or "
-        "m1 lineage --send, delivers them.[/]",
+        "[yellow]MLflow does not answer; records wait in the run's folder, and the next m1 run "
+        "delivers them.[/]",
         soft_wrap=True,
     )
 

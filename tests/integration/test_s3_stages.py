@@ -138,11 +138,11 @@ execute("data", _recipe({s3_bucket!r}, Path({str(tmp_path)!r}), "one"), _large)
     assert finished("data", recipe) is None
     pointer = execute("data", recipe, _large)  # at once: the dead one's lease is its own
     folder = fetch(pointer, scratch=tmp_path / "other")
-    assert (folder / "shard").stat().st_size == 5 * PART_BYTES
+    assert (folder / "shard").stat().st_size == 3 * PART_BYTES
     assert finished("data", recipe) == pointer
 
 
 def _large(context, recipe):
     context.output.mkdir(exist_ok=True)
-    (context.output / "shard").write_bytes(bytes(range(256)) * (5 * PART_BYTES // 256))
+    (context.output / "shard").write_bytes(bytes(range(256)) * (3 * PART_BYTES // 256))
     return StageOutput()
