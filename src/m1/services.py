@@ -90,8 +90,8 @@ class Services:
         kept = self.folder / "secrets"
         return {
             "S3_ENDPOINT": self.s3_endpoint,
-            "AWSACCESS_KEY_ID_FILE": str(kept / ACCESS_KEY),
-            "AWS_SECRETACCESS_KEY_FILE": str(kept / SECRET_KEY),
+            "AWS_ACCESS_KEY_ID_FILE": str(kept / ACCESS_KEY),
+            "AWS_SECRET_ACCESS_KEY_FILE": str(kept / SECRET_KEY),
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
         }
 
@@ -265,7 +265,7 @@ class Services:
 def environment_of(services: Services) -> Iterator[None]:
     """Let this process and its children use the services, and no other keys, during the block."""
     ours = services.environment()
-    hidden = ("AWSACCESS_KEY_ID", "AWS_SECRETACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
+    hidden = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL")
     saved = {name: os.environ.get(name) for name in (*ours, *hidden)}
     for name in hidden:
         os.environ.pop(name, None)

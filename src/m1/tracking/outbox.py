@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m1.config.stages import in_order
 from m1.storage import atomic_write
 from m1.tracking.rollout_traces import RolloutTrace
 from m1.tracking.stage_run import RunStatus, StageRun
@@ -199,9 +200,14 @@ class QueuedRun:
 
 
 def journals(root: Path) -> list[Path]:
-    """Journals of stages below a local run root, in the order in which they were begun."""
-    found = root.glob(f"stages/*/{JOURNAL}")
-    return sorted(found, key=lambda path: path.stat().st_ctime)
+    """Journals of stages below a local run root, models before those that were made of them."""
+    found = sorted(root.glob(f"stages/*/{JOURNAL}"))
+    order = in_order(_stage_of(path) for path in found)
+    return sorted(found, key=lambda path: order.index(_stage_of(path)))
+
+
+def _stage_of(journal: Path) -> str:
+    return journal.parent.name.rpartition("-")[0]
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
