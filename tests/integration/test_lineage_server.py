@@ -182,7 +182,16 @@ def _is_whole(pointer, stage, parent=None):
 
 
 @pytest.mark.parametrize(
-    ("down_at", "up_at"), [(0, None), (0, 3), (2, 3), (2, None), (4, None)], ids=str
+    ("down_at", "up_at"),
+    [
+        (0, None),
+        (2, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [(0, 3), (2, None), (4, None)]
+        ),
+    ],
+    ids=str,
 )
 def test_training_goes_on_without_the_server_and_its_records_arrive_later(
     weak_server, tmp_path, down_at, up_at
