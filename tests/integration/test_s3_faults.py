@@ -117,9 +117,9 @@ def test_an_object_that_differs_from_its_digest_is_refused_and_makes_no_folder(
     proxy, small_parts, s3_bucket, tmp_path
 ):
     storage = open_storage(f"s3://{s3_bucket}/runs")
-    storage.connection.client._execute(
-        "PUT", s3_bucket, "runs/made/a", body=b"x", headers=parts.metadata_headers("0" * 64, 1)
-    )
+    wrong = parts.metadata_headers([parts.digests_of(b"y")], 1)
+    client = storage.connection.client
+    client._execute("PUT", s3_bucket, "runs/made/a", body=b"x", headers=wrong)
     with pytest.raises(M1Error, match="differs from the digest"):
         storage.download_folder("made", tmp_path / "target")
     assert not (tmp_path / "target").exists()

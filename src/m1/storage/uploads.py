@@ -18,9 +18,11 @@ from m1.storage.disk import atomic_write
 from m1.storage.parts import (
     ObjectFacts,
     Part,
+    PartDigest,
     checksums,
     composite,
     cut,
+    digests_of,
     facts,
     metadata_headers,
     part_bytes_of,
@@ -41,6 +43,7 @@ class _Source:
     num_bytes: int
     part_bytes: int
     digest: str
+    digests: tuple[PartDigest, ...]
 
     @property
     def parts(self) -> list[Part]:
@@ -69,14 +72,15 @@ def upload_file(
         return True
     parts = cut(num_bytes, part_bytes)
     digests = list(pool.map(lambda part: part_digest(path, part), parts))
-    source = _Source(path, num_bytes, part_bytes, composite(digests))
+    digest = composite([part.sha256 for part in digests])
+    source = _Source(path, num_bytes, part_bytes, digest, tuple(digests))
     if may_exist and _holds(connection, name, source):
         _record_of(path).unlink(missing_ok=True)
         return False
     if num_bytes <= part_bytes:
         put_bytes(connection, name, path.read_bytes())
     else:
-        _put_large(connection, name, source, digests, pool)
+        _put_large(connection, name, source, pool)
     return True
 
 
@@ -100,11 +104,11 @@ def put_bytes(
     Raises:
         Changed: The condition does not hold.
     """
-    digest = hashlib.sha256(data).digest()
+    digest = digests_of(data)
     headers = {
-        **metadata_headers(composite([digest]), part_bytes_of(len(data))),
+        **metadata_headers([digest], part_bytes_of(len(data))),
         **(condition or {}),
-        **checksums(data, digest),
+        **checksums(digest),
         "Content-Type": "application/octet-stream",
     }
 
@@ -133,16 +137,14 @@ def _holds(connection: Connection, name: str, source: _Source) -> bool:
     return found.num_bytes == source.num_bytes and found.digest == source.digest
 
 
-def _put_large(
-    connection: Connection, name: str, source: _Source, digests: list[bytes], pool: Executor
-) -> None:
+def _put_large(connection: Connection, name: str, source: _Source, pool: Executor) -> None:
     upload_id, sent = _resumed(connection, name, source)
     if upload_id is None:
         upload_id = _started(connection, name, source)
 
     def send(part: Part) -> str:
         return sent.get(part.number) or _send_part(
-            connection, name, source.path, part, digests[part.number - 1], upload_id
+            connection, name, source.path, part, source.digests[part.number - 1], upload_id
         )
 
     etags = list(pool.map(send, source.parts))
@@ -165,7 +167,7 @@ def _put_large(
 
 
 def _started(connection: Connection, name: str, source: _Source) -> str:
-    headers = metadata_headers(source.digest, source.part_bytes)
+    headers = metadata_headers(source.digests, source.part_bytes)
     upload_id = connection.call(
         lambda client: client._create_multipart_upload(connection.bucket, name, {**headers})
     )
@@ -218,10 +220,10 @@ def _listed_parts(connection: Connection, name: str, upload_id: str) -> dict[int
 
 
 def _send_part(
-    connection: Connection, name: str, path: Path, part: Part, digest: bytes, upload_id: str
+    connection: Connection, name: str, path: Path, part: Part, digest: PartDigest, upload_id: str
 ) -> str:
     data = read_part(path, part)
-    headers = checksums(data, digest)
+    headers = checksums(digest)
 
     def send(client: "Minio") -> str:
         etag = client._upload_part(

@@ -189,7 +189,10 @@ def _versions(pointer: Pointer, uri: str) -> tuple[str, ...]:
     if not model_id or str(model_id).startswith("pending:"):
         return ()
     try:
-        found = open_client(uri).search_model_versions(f"tags.model_id = '{model_id}'")
+        client = open_client(uri)
+        found = client.search_model_versions(f"tags.model_id = '{model_id}'")
+        # A search leaves the aliases out.
+        found = [client.get_model_version(version.name, version.version) for version in found]
     except M1Error:  # the pointers tell the rest
         return ()
     return tuple(
