@@ -156,7 +156,7 @@ def test_the_browser_finds_the_run_its_stages_and_figures(whole, services, root)
     (parent,) = parents
     base = f"{services.mlflow_uri}/#/experiments/{experiment}/runs"
     with browser_page() as page:
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(60_000)
         page.goto(base)
         page.get_by_text(parent.info.run_name, exact=True).wait_for()
         _picture(page, "mlflow_runs")
@@ -168,6 +168,7 @@ def test_the_browser_finds_the_run_its_stages_and_figures(whole, services, root)
             page.goto(f"{base}/{run.info.run_id}")
             page.get_by_text(run.info.run_name).first.wait_for()
             page.get_by_text("m1.stage_hash").first.wait_for()
+        page.goto("about:blank")  # a change behind # alone does not load the page again
         page.goto(f"{base}/{parent.info.run_id}/artifacts")
         for name in ("figures", "lineage.html", "report.html", "summary.json"):
             page.get_by_text(name, exact=True).wait_for()
