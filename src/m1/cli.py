@@ -15,15 +15,18 @@ from m1 import (
     cli_convert,
     cli_curate,
     cli_grade,
+    cli_lineage,
     cli_plan,
     cli_recipe,
     cli_rollouts,
     cli_sandbox,
     cli_sandbox_swe,
     cli_serve,
+    cli_services,
 )
 from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
+from m1.profiles import Profile, use_profile
 from m1.types import M1Error
 
 app = typer.Typer(
@@ -45,6 +48,10 @@ app.command()(cli_grade.grade)
 app.command()(cli_curate.curate)
 app.command()(cli_curate.calibrate)
 cli_cluster.register(app)
+app.command()(cli_lineage.lineage)
+app.command()(cli_services.up)
+app.command()(cli_services.down)
+app.command()(cli_services.status)
 
 Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, merged left to right.", metavar="RECIPE...")
@@ -52,6 +59,10 @@ Recipes = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override one value, such as rl.loss.clip_eps_high=4.0."),
+]
+ProfileOption = Annotated[
+    Profile,
+    typer.Option(envvar="M1_PROFILE", help="Where artifacts and lineage go; see m1 up."),
 ]
 
 
@@ -65,11 +76,24 @@ def main() -> None:
 
 
 @app.command()
-def run(recipe: Recipes, overrides: Overrides = None) -> None:
+def run(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    profile: ProfileOption = Profile.LAPTOP,
+    detach: Annotated[
+        bool,
+        typer.Option(help="Run under the supervisor of m1 up, which restarts it when it dies."),
+    ] = False,
+) -> None:
     """Run a recipe's whole pipeline on this machine; finished stages are not repeated."""
     from m1.pipeline import run_pipeline
 
-    run_pipeline(_load(recipe, overrides), console=_console())
+    resolved = _load(recipe, overrides)
+    with use_profile(profile, resolved) as placed:
+        if detach:
+            _detach(recipe, overrides, profile, resolved)
+        else:
+            run_pipeline(placed, console=_console())
 
 
 @app.command()
@@ -83,11 +107,13 @@ def stage(
     ],
     recipe: Recipes,
     overrides: Overrides = None,
+    profile: ProfileOption = Profile.LAPTOP,
 ) -> None:
     """Run one stage alone; the stages before it must be done."""
     from m1.pipeline import run_single_stage
 
-    run_single_stage(name, _load(recipe, overrides), console=_console())
+    with use_profile(profile, _load(recipe, overrides)) as placed:
+        run_single_stage(name, placed, console=_console())
 
 
 @app.command(name="compile")
@@ -147,6 +173,22 @@ def _console() -> Console:
     return Console(file=sys.stdout)
 
 
+def _detach(
+    paths: list[Path], overrides: list[str] | None, profile: Profile, recipe: Recipe
+) -> None:
+    from m1.services import Services
+
+    if profile is not Profile.ONE_MACHINE:
+        raise M1Error("--detach needs the supervisor of m1 up; pass --profile one-machine too")
+    command = [sys.executable, "-m", "m1.cli", "run", *(str(path.resolve()) for path in paths)]
+    command += ["--profile", profile.value]
+    command += [word for override in overrides or [] for word in ("--set", override)]
+    is_remote = recipe.storage.root.startswith("s3://")
+    services = Services(Path(recipe.storage.scratch if is_remote else recipe.storage.root))
+    log = services.start_program(f"run-{recipe.name}", command)
+    _console().print(f"runs under the supervisor (m1 status); log {log}", soft_wrap=True)
+
+
 def _load(paths: list[Path], overrides: list[str] | None) -> Recipe:
     return load_recipe(paths, overrides=overrides or [])
 
@@ -155,3 +197,7 @@ def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+if __name__ == "__main__":
+    main()

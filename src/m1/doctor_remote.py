@@ -16,29 +16,21 @@ def s3_state(*, timeout_seconds: float) -> tuple[bool | None, str]:
     Returns:
         Whether it answered (None: no endpoint is set) and what was found.
     """
-    endpoint = os.environ.get("S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint:
+    if not os.environ.get("S3_ENDPOINT") and not os.environ.get("AWS_ENDPOINT_URL"):
         return None, "no endpoint set"
     import urllib3
-    from minio import Minio
     from minio.error import MinioException
 
-    scheme, separator, host = endpoint.partition("://")
-    authorities = os.environ.get("SSL_CERT_FILE") or os.environ.get("AWS_CA_BUNDLE")
-    pool = urllib3.PoolManager(timeout=timeout_seconds, retries=False, ca_certs=authorities)
+    from m1.storage.connection import endpoint, make_client
+    from m1.types import M1Error
+
     try:
-        client = Minio(
-            (host if separator else scheme).rstrip("/"),
-            access_key=os.environ.get("AWS_ACCESS_KEY_ID"),
-            secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-            session_token=os.environ.get("AWS_SESSION_TOKEN"),
-            secure=not separator or scheme == "https",
-            region=os.environ.get("AWS_REGION", "us-east-1"),
-            http_client=pool,
-        )
-        return True, f"{endpoint}, {len(client.list_buckets())} buckets"
-    except (MinioException, urllib3.exceptions.HTTPError, ValueError) as error:
-        return False, f"{endpoint}: {error}"
+        client = make_client(timeout_seconds=timeout_seconds, needs_credentials=False)
+        return True, f"{endpoint()}, {len(client.list_buckets())} buckets"
+    except M1Error as error:
+        return False, str(error)
+    except (MinioException, urllib3.exceptions.HTTPError) as error:
+        return False, f"{endpoint()}: {error}"
 
 
 def cluster_state(*, timeout_seconds: float) -> tuple[bool | None, str]:

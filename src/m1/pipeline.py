@@ -17,11 +17,20 @@ from m1.config.loading import recipe_json
 from m1.config.schema import Recipe
 from m1.config.stages import image_digest, recipe_hash, stage_hashes, stage_kind, stages_of
 from m1.launch import finished_stages, project_root, run_stage
-from m1.stage import METRICS, PROBABILITIES, ROLLOUTS, local_root, pointer_key, read_metrics
+from m1.stage import (
+    METRICS,
+    PROBABILITIES,
+    ROLLOUTS,
+    local_root,
+    pointer_key,
+    read_metrics,
+    send_pending,
+)
 from m1.storage import atomic_write, disk_errors, open_storage
 from m1.tracking.display import PipelineDisplay, print_summary
 from m1.tracking.events import read_events
 from m1.tracking.lineage import tracking_uri
+from m1.tracking.store import is_away, without_secret
 from m1.types import M1Error, Pointer
 
 
@@ -44,15 +53,16 @@ def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
     events = folder / "events.jsonl"
     atomic_write(events, b"")
     uri = tracking_uri(recipe.tracking, local_root(recipe))
-    parent = _open_parent(recipe, folder, uri)
+    parent = _open_parent(recipe, folder, uri, console)
     environment = {
         "M1_EVENTS": str(events.absolute()),
         "M1_LAUNCHER_PID": str(os.getpid()),
         # Sources edited during the run must not change its hashes.
         "M1_IMAGE_DIGEST": image_digest(),
-        "MLFLOW_RUN_ID": parent,
+        "M1_GIT_COMMIT": git_commit(),
         "MLFLOW_TRACKING_URI": uri,
         "PYTHONWARNINGS": "ignore",
+        **({"MLFLOW_RUN_ID": parent} if parent else {}),
     }
     saved = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -64,8 +74,12 @@ def run_pipeline(recipe: Recipe, *, console: Console) -> dict[str, Any]:
         failure = error
     finally:
         _restore_environment(saved)
-    outcome = conclude(recipe, folder, uri=uri, parent=parent, started=started, failure=failure)
-    print_summary(console, outcome, report_path=folder / "report.html", lineage_uri=uri)
+    outcome = conclude(
+        recipe, folder, uri=uri, parent=parent, started=started, failure=failure, console=console
+    )
+    print_summary(
+        console, outcome, report_path=folder / "report.html", lineage_uri=without_secret(uri)
+    )
     if isinstance(failure, KeyboardInterrupt):
         raise failure
     if failure is not None:
@@ -80,6 +94,7 @@ def run_single_stage(name: str, recipe: Recipe, *, console: Console) -> Pointer:
         folder.mkdir(parents=True, exist_ok=True)
     events = folder / "events.jsonl"
     os.environ["M1_EVENTS"] = str(events.absolute())
+    os.environ.setdefault("M1_GIT_COMMIT", git_commit())
     with PipelineDisplay([name], events, console):
         pointer = run_stage(name, recipe)
     console.print(f"{name} {pointer.stage_hash[:12]}: {pointer.uri}", soft_wrap=True)
@@ -116,24 +131,21 @@ def conclude(
     parent: str,
     started: float,
     failure: BaseException | None,
+    console: Console,
 ) -> dict[str, Any]:
-    """Write summary.json, report.html and the lineage page, and end the MLflow run."""
+    """Write summary.json, report.html and the lineage page, and end the MLflow run.
+
+    While the MLflow server is away the files are written all the same.
+    """
     from m1.evaluate.figures import joined_stages, render_figures
     from m1.evaluate.report import sample_rollouts, write_report
-    from m1.tracking.lineage import finish_pipeline, lineage_page, link_cached_stage
+    from m1.tracking.lineage import lineage_page
+
+    sent = _deliver(recipe, console)
+    parent = parent or (_open_parent(recipe, folder, uri, console) if sent else "")
 
     pointers = finished_stages(recipe)
     summary = summarize(recipe, folder, pointers, wall_seconds=time.time() - started)
-    for stage, pointer in pointers.items():
-        if summary["stages"][stage]["status"] == "cached":
-            link_cached_stage(
-                parent,
-                uri=uri,
-                stage=stage,
-                stage_hash=pointer.stage_hash,
-                pointer=pointer,
-                seconds=summary["stages"][stage]["seconds"],
-            )
     report = folder / "report.html"
     metrics = {s: read_metrics(_stage_folder(recipe, p) / METRICS) for s, p in pointers.items()}
     reinforced = [pointer for s, pointer in pointers.items() if stage_kind(s) == "rl"]
@@ -154,17 +166,70 @@ def conclude(
         else (),
     )
     atomic_write(folder / "summary.json", json.dumps(summary, indent=2).encode())
-    finish_pipeline(
-        uri=uri,
-        run_id=parent,
-        status="FINISHED" if failure is None else "FAILED",
-        summary=summary,
-        lineage_html=lineage_page(pointers, summary=summary, tracking=uri, run_id=parent),
-        report_path=report,
-        figures=figures,
-    )
+    page = lineage_page(pointers, summary=summary, tracking=without_secret(uri), run_id=parent)
+    atomic_write(folder / "lineage.html", page.encode())
+    if parent:
+        facts = {"lineage_html": page, "report_path": report, "figures": figures}
+        _record(parent, uri, pointers, summary, failure, facts, console)
     _point_latest(folder)
     return summary
+
+
+def _record(
+    parent: str,
+    uri: str,
+    pointers: Mapping[str, Pointer],
+    summary: Mapping[str, Any],
+    failure: BaseException | None,
+    facts: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """Put stages and conclusion under the pipeline's run, unless the server is away."""
+    from m1.tracking.lineage import adopt_stage, finish_pipeline, link_cached_stage
+
+    try:
+        for stage, pointer in pointers.items():
+            adopt_stage(parent, uri=uri, pointer=pointer)
+            if summary["stages"][stage]["status"] == "cached":
+                link_cached_stage(
+                    parent,
+                    uri=uri,
+                    stage=stage,
+                    stage_hash=pointer.stage_hash,
+                    pointer=pointer,
+                    seconds=summary["stages"][stage]["seconds"],
+                )
+        finish_pipeline(
+            uri=uri,
+            run_id=parent,
+            status="FINISHED" if failure is None else "FAILED",
+            summary=summary,
+            **facts,
+        )
+    except Exception as error:
+        if not is_away(error, uri):
+            raise
+        _say_away(console)
+
+
+def _deliver(recipe: Recipe, console: Console) -> bool:
+    """Send what stages kept while the MLflow server was away; whether none is left."""
+    try:
+        send_pending(recipe)
+    except Exception as error:
+        if not is_away(error, tracking_uri(recipe.tracking, local_root(recipe))):
+            raise
+        _say_away(console)
+        return False
+    return True
+
+
+def _say_away(console: Console) -> None:
+    console.print(
+        "[yellow]MLflow does not answer; records wait in the run's folder, and the next m1 run "
+        "delivers them.[/]",
+        soft_wrap=True,
+    )
 
 
 def summarize(
@@ -212,7 +277,18 @@ def git_commit() -> str:
     return found.stdout.strip()
 
 
-def _open_parent(recipe: Recipe, folder: Path, uri: str) -> str:
+def _open_parent(recipe: Recipe, folder: Path, uri: str, console: Console) -> str:
+    """Id of the pipeline's MLflow run; empty while the server is away."""
+    try:
+        return _opened_parent(recipe, folder, uri)
+    except Exception as error:
+        if not is_away(error, uri):
+            raise
+        _say_away(console)
+        return ""
+
+
+def _opened_parent(recipe: Recipe, folder: Path, uri: str) -> str:
     from m1.tracking.lineage import start_pipeline
 
     record = folder / "run.json"
@@ -226,7 +302,9 @@ def _open_parent(recipe: Recipe, folder: Path, uri: str) -> str:
         git_commit=git_commit(),
         existing_run_id=previous,
     )
-    atomic_write(record, json.dumps({"mlflow_run_id": parent, "tracking_uri": uri}).encode())
+    atomic_write(
+        record, json.dumps({"mlflow_run_id": parent, "tracking_uri": without_secret(uri)}).encode()
+    )
     return parent
 
 

@@ -16,24 +16,40 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stage_hashes, stage_slice
+from m1.stage_place import alone, fetch, local_root, place, pointer_key, stage_folder
+from m1.stage_records import ids_of, open_run, origin, send_pending
 from m1.storage import (
     LocalStorage,
     Storage,
     disk_errors,
     folder_digest,
     open_storage,
+    publish_pointer,
     read_pointer,
-    write_pointer,
 )
 from m1.tracking.events import EventLog
-from m1.tracking.lineage import StageRun, open_stage_run, tracking_uri
+from m1.tracking.outbox import QueuedRun
 from m1.types import M1Error, Pointer
 
-LOCK_TIMEOUT_SECONDS = 60.0
+__all__ = [
+    "StageBody",
+    "StageContext",
+    "StageOutput",
+    "assist",
+    "execute",
+    "exit_with_launcher",
+    "fetch",
+    "finished",
+    "local_root",
+    "pointer_key",
+    "read_metrics",
+    "send_pending",
+    "stage_folder",
+]
+
 METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts"
 """Folder with all rollouts, kept by RL stages (`m1.rollout.traces`)."""
@@ -66,12 +82,14 @@ class StageContext:
     """The stage's own folder, kept between attempts."""
     inputs: Mapping[str, Pointer]
     """Outputs of earlier stages, by stage."""
-    _run: StageRun | None
+    _run: QueuedRun | None
     events: EventLog
     _fetch: Callable[[Pointer], Path]
+    output_uri: str
+    """Where `output` will lie for later stages."""
 
     @property
-    def run(self) -> StageRun:
+    def run(self) -> QueuedRun:
         """The stage's MLflow run, which only the first rank has."""
         if self._run is None:
             raise RuntimeError(f"stage {self.name} records on its first rank only")
@@ -138,11 +156,6 @@ class StageContext:
 StageBody = Callable[[StageContext, Recipe], StageOutput]
 
 
-def pointer_key(stage: str, stage_hash: str) -> str:
-    """Where a stage's pointer lies below the run root."""
-    return f"stages/{stage}-{stage_hash[:12]}/pointer.json"
-
-
 def finished(stage: str, recipe: Recipe) -> Pointer | None:
     """The pointer of a stage that is done, or None."""
     storage = open_storage(recipe.storage.root)
@@ -193,27 +206,19 @@ def assist(
     """A further rank's part of a stage that the first rank `execute`s: the body, and no records."""
     exit_with_launcher()
     local = local_root(recipe)
+    folder = stage_folder(stage, recipe)
+    storage = open_storage(recipe.storage.root)
     context = StageContext(
         name=stage,
         stage_hash=stage_hashes(recipe)[stage],
-        folder=stage_folder(stage, recipe),
+        folder=folder,
         inputs=dict(inputs) if inputs is not None else _find_inputs(stage, recipe),
         _run=None,
         events=EventLog(None),
         _fetch=lambda pointer: fetch(pointer, scratch=local),
+        output_uri=storage.uri(f"{place(folder, storage)}/output"),
     )
     body(context, recipe)
-
-
-def local_root(recipe: Recipe) -> Path:
-    """Folder on this machine for runs: the storage root, or the scratch folder beside S3."""
-    is_local = isinstance(open_storage(recipe.storage.root), LocalStorage)
-    return Path(recipe.storage.root if is_local else recipe.storage.scratch).absolute()
-
-
-def stage_folder(stage: str, recipe: Recipe) -> Path:
-    """The stage's own folder on this machine."""
-    return local_root(recipe) / Path(pointer_key(stage, stage_hashes(recipe)[stage])).parent
 
 
 def _run(
@@ -228,23 +233,15 @@ def _run(
     local, folder = local_root(recipe), stage_folder(stage, recipe)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
-    except Timeout:
-        raise M1Error(
-            f"stage {stage} is being run by another process (lock {folder / '.lock'}); "
-            "wait for it or stop it"
-        ) from None
-    with lock, disk_errors(folder):
+    key = pointer_key(stage, stage_hash)
+    with alone(stage, folder, storage, key), disk_errors(folder):
+        done = finished(stage, recipe)  # by the process that was waited for
+        if done is not None:
+            events.emit(stage, "cached", seconds=done.metadata.get("seconds", 0.0))
+            return done
         started = time.time()
         events.emit(stage, "start")
-        run = open_stage_run(
-            uri=tracking_uri(recipe.tracking, local),
-            experiment=recipe.tracking.experiment,
-            stage=stage,
-            stage_hash=stage_hash,
-        )
+        run = open_run(stage, recipe)
         context = StageContext(
             name=stage,
             stage_hash=stage_hash,
@@ -253,44 +250,54 @@ def _run(
             _run=run,
             events=events,
             _fetch=lambda pointer: fetch(pointer, scratch=local),
+            output_uri=storage.uri(f"{place(folder, storage)}/output"),
         )
         status = "FAILED"
         try:
             _log_inputs(run, recipe, stage, inputs)
             output = body(context, recipe)
-            pointer = _finish(context, output, storage, round(time.time() - started, 3))
+            pointer = _finish(context, recipe, output, storage, round(time.time() - started, 3))
             status = "FINISHED"
         finally:
             run.close(status)  # type: ignore[arg-type]
-        write_pointer(storage, pointer_key(stage, stage_hash), pointer)
-        events.emit(stage, "end", seconds=pointer.metadata["seconds"])
-        return pointer
+        pointer.metadata.update(ids_of(run))
+        kept = publish_pointer(storage, key, pointer)
+        if kept != pointer and not isinstance(storage, LocalStorage):
+            # Another machine was first; what both computed lies there.
+            storage.remove_folder(place(folder, storage))
+        events.emit(stage, "end", seconds=kept.metadata["seconds"])
+        return kept
 
 
 def _finish(
-    context: StageContext, output: StageOutput, storage: Storage, seconds: float
+    context: StageContext, recipe: Recipe, output: StageOutput, storage: Storage, seconds: float
 ) -> Pointer:
-    key = f"stages/{context.name}-{context.stage_hash[:12]}"
+    key = place(context.folder, storage)
     digest = folder_digest(context.output)
     if not isinstance(storage, LocalStorage):
         storage.upload_folder(context.output, f"{key}/output")
         metrics = context.folder / METRICS
         if metrics.exists():
-            storage.write_bytes(f"{key}/{METRICS}", metrics.read_bytes())
+            storage.upload_file(metrics, f"{key}/{METRICS}")
         if (context.folder / ROLLOUTS).is_dir():
             storage.upload_folder(context.folder / ROLLOUTS, f"{key}/{ROLLOUTS}")
     uri = storage.uri(f"{key}/output")
-    metadata = {**output.metadata, "seconds": seconds, "mlflow_run_id": context.run.run_id}
-    for name in output.datasets:
+    datasets = {name: folder_digest(context.output / name) for name in output.datasets}
+    metadata = {
+        **output.metadata,
+        "seconds": seconds,
+        "lineage": origin(context.name, recipe, context.inputs, datasets),
+    }
+    for name, its_digest in datasets.items():
         context.run.log_dataset(
             name,
             source_uri=f"{uri}/{name}",
-            digest=folder_digest(context.output / name),
+            digest=its_digest,
             context="output",
         )
     if output.is_model:
         parent = _parent_model(context.inputs)
-        metadata["model_id"] = context.run.log_output_model(
+        context.run.log_output_model(
             f"{context.name}-checkpoint",
             checkpoint_uri=uri,
             step=output.step or 0,
@@ -304,35 +311,6 @@ def _finish(
         step=output.step,
         metadata=metadata,
     )
-
-
-def fetch(pointer: Pointer, *, scratch: Path) -> Path:
-    """Local folder with a stage's output, downloaded from S3 if need be, and verified.
-
-    Raises:
-        M1Error: A file of the output is missing or differs from what was written.
-    """
-    if pointer.uri.startswith("s3://"):
-        folder = scratch / "downloads" / pointer.digest[:16]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # ranks of a machine ask at once
-            if not folder.exists():
-                root, _, key = pointer.uri.partition("/stages/")
-                open_storage(root).download_folder(f"stages/{key}", folder)
-    else:
-        folder = Path(pointer.uri)
-    found = folder_digest(folder) if folder.is_dir() else None
-    if found != pointer.digest:
-        what = (
-            "is missing"
-            if found is None
-            else f"has digest {found[:12]}, not {pointer.digest[:12]} as written"
-        )
-        raise M1Error(
-            f"the output of stage {pointer.stage} at {folder} is corrupt: it {what}. Delete "
-            f"{folder.parent} to compute that stage again; other stages' results are not touched"
-        )
-    return folder
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -365,7 +343,7 @@ def _parent_model(inputs: Mapping[str, Pointer]) -> str | None:
     return ids[-1] if ids else None
 
 
-def _log_inputs(run: StageRun, recipe: Recipe, stage: str, inputs: Mapping[str, Pointer]) -> None:
+def _log_inputs(run: QueuedRun, recipe: Recipe, stage: str, inputs: Mapping[str, Pointer]) -> None:
     run.log_params(stage_slice(stage, recipe))
     if "data" in inputs:
         data = inputs["data"]

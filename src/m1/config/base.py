@@ -27,6 +27,13 @@ def refuse(texts: Sequence[str]) -> None:
         raise Mistakes(texts)
 
 
+def refuse_credentials(field: str, address: str | None, instead: str) -> None:
+    """Raise `Mistakes` if an address holds a user name or password: lineage and logs repeat it."""
+    authority = (address or "").partition("://")[2].partition("/")[0]
+    if "@" in authority:
+        refuse([f"{field} holds credentials (…@…), which logs repeat; use {instead} instead"])
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Names that occur more than once."""
     return [name for name, count in Counter(names).items() if count > 1]

@@ -17,6 +17,7 @@ from m1.config.base import (
     NonNegativeInt,
     PositiveInt,
     refuse,
+    refuse_credentials,
     repeated,
 )
 from m1.config.data_tables import (
@@ -130,6 +131,11 @@ class StorageConfig(Config):
         """Where stages work: `scratch` beside S3, else `root`."""
         return self.scratch if self.root.startswith("s3://") else self.root
 
+    @model_validator(mode="after")
+    def _hold_no_secret(self) -> Self:
+        refuse_credentials("root", self.root, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
+
 
 class TrackingConfig(Config):
     """Where lineage is written. Not part of any stage hash."""
@@ -138,6 +144,12 @@ class TrackingConfig(Config):
     """MLflow tracking URI; MLFLOW_TRACKING_URI wins; absent: a sqlite file in the run root."""
     experiment: str = "m1"
     """MLflow experiment name."""
+
+    @model_validator(mode="after")
+    def _hold_no_secret(self) -> Self:
+        ways = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        refuse_credentials("uri", self.uri, ways)
+        return self
 
 
 class BenchmarkConfig(Config):

@@ -183,6 +183,7 @@ _NOT_COMPUTING = frozenset(
     {
         "cli.py",
         "cli_convert.py",
+        "cli_lineage.py",
         "cli_plan.py",
         "cli_recipe.py",
         "cli_rollouts.py",
@@ -190,6 +191,7 @@ _NOT_COMPUTING = frozenset(
         "cli_cluster.py",
         "cli_ci.py",
         "recipe_changes.py",
+        "cli_services.py",
         "config",
         "doctor.py",
         "doctor_remote.py",
@@ -197,8 +199,11 @@ _NOT_COMPUTING = frozenset(
         "launcher",
         "pipeline.py",
         "plan",
+        "profiles.py",
         "rank.py",
         "resolving.py",
+        "service_files.py",
+        "services.py",
         "tracking",
         "ui.py",
     }

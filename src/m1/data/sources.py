@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from m1.config.schema import SourceConfig
 from m1.storage import open_storage
@@ -41,19 +42,20 @@ def read_source(config: SourceConfig, *, skipped: Counter[str]) -> Iterator[Docu
     `missing_text_field`.
     """
     number = 0
-    for name, data in _files(config):
-        if config.kind == "jsonl" or name.endswith(".jsonl"):
-            texts = _lines(name, data, config.text_field, skipped)
-        else:
-            texts = _whole(name, data, skipped)
-        for identifier, text in texts:
-            if number == config.max_documents:
-                return
-            number += 1
-            yield Document(config.name, identifier, text)
+    for name, stream in _files(config):
+        with stream:
+            if config.kind == "jsonl" or name.endswith(".jsonl"):
+                texts = _lines(name, stream, config.text_field, skipped)
+            else:
+                texts = _whole(name, stream, skipped)
+            for identifier, text in texts:
+                if number == config.max_documents:
+                    return
+                number += 1
+                yield Document(config.name, identifier, text)
 
 
-def _files(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _files(config: SourceConfig) -> Iterator[tuple[str, BinaryIO]]:
     if config.kind == "python_stdlib":
         return _below(Path(sysconfig.get_path("stdlib")), ("*.py",), excluded=_NOT_LIBRARY)
     assert config.uri is not None  # The schema refuses the other kinds without one.
@@ -66,12 +68,12 @@ def _files(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         return _below(path, config.include)
     if not path.is_file():
         raise M1Error(f"source {config.name!r}: {path} is not a file; correct its uri")
-    return iter([(path.name, path.read_bytes())])
+    return iter([(path.name, path.open("rb"))])
 
 
 def _below(
     root: Path, include: tuple[str, ...], *, excluded: set[str] | None = None
-) -> Iterator[tuple[str, bytes]]:
+) -> Iterator[tuple[str, BinaryIO]]:
     paths = []
     for folder, folders, names in os.walk(root):
         # Pruning here, not afterwards, keeps the walk out of large site-packages.
@@ -80,31 +82,31 @@ def _below(
         ]
         paths += [Path(folder, name) for name in names if _is_included(name, include)]
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        yield path.relative_to(root).as_posix(), path.read_bytes()
+        yield path.relative_to(root).as_posix(), path.open("rb")
 
 
-def _objects(uri: str, include: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+def _objects(uri: str, include: tuple[str, ...]) -> Iterator[tuple[str, BinaryIO]]:
     storage = open_storage(uri)
     for key in storage.list():
         if _is_included(key.rpartition("/")[2], include):
-            yield key, storage.read_bytes(key)
+            yield key, storage.open_read(key)
 
 
 def _is_included(name: str, include: tuple[str, ...]) -> bool:
     return not name.startswith(".") and any(fnmatch.fnmatchcase(name, item) for item in include)
 
 
-def _whole(name: str, data: bytes, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
+def _whole(name: str, stream: BinaryIO, skipped: Counter[str]) -> Iterator[tuple[str, str]]:
     try:
-        yield name, data.decode("utf-8-sig")
+        yield name, stream.read().decode("utf-8-sig")
     except UnicodeDecodeError:
         skipped["not_utf8"] += 1
 
 
 def _lines(
-    name: str, data: bytes, text_field: str, skipped: Counter[str]
+    name: str, stream: BinaryIO, text_field: str, skipped: Counter[str]
 ) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
         try:

@@ -32,9 +32,7 @@ def register(context: StageContext, recipe: Recipe) -> StageOutput:
     folder = context.output / "hf"
     export_hf(model, recipe.model, folder, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    uri = f"{recipe.storage.root.rstrip('/')}/stages/{context.folder.name}/output/hf"
-    if not uri.startswith("s3://"):
-        uri = str(folder)
+    uri = f"{context.output_uri}/hf"
     local = Path(recipe.storage.scratch if uri.startswith("s3://") else recipe.storage.root)
     version = register_model(
         uri=tracking_uri(recipe.tracking, local),

@@ -14,6 +14,7 @@ from m1.tracking.opening import open_stage_run
 from m1.tracking.page import lineage_page
 from m1.tracking.stage_run import RunStatus, StageRun
 from m1.tracking.store import (
+    PENDING,
     TAG_CACHED,
     TAG_GIT_COMMIT,
     TAG_ORIGINAL_RUN,
@@ -22,19 +23,23 @@ from m1.tracking.store import (
     TAG_RECIPE_NAME,
     TAG_STAGE,
     TAG_STAGE_HASH,
+    StoreAway,
     child_runs,
     ensure_experiment,
     find_run,
     has_model,
+    is_away,
     metric_key,
     open_client,
     tracking_uri,
+    without_secret,
 )
 from m1.types import M1Error, Pointer
 
 __all__ = [
     "RunStatus",
     "StageRun",
+    "adopt_stage",
     "finish_pipeline",
     "lineage_page",
     "link_cached_stage",
@@ -137,6 +142,21 @@ def link_cached_stage(
     return run_id
 
 
+def adopt_stage(parent_run_id: str, *, uri: str, pointer: Pointer) -> None:
+    """Put a stage's run under this pipeline's, if it was recorded alone while the server was away.
+
+    Args:
+        parent_run_id: This pipeline's run.
+        uri: MLflow tracking URI.
+        pointer: The stage's output.
+    """
+    client = open_client(uri)
+    run_id = pointer.metadata.get("mlflow_run_id")
+    run = find_run(client, str(run_id)) if run_id else None
+    if run is not None and TAG_PARENT_RUN not in run.data.tags:
+        client.set_tag(run_id, TAG_PARENT_RUN, parent_run_id)
+
+
 def _copy_links(client: Any, original: Any, run_id: str) -> None:
     inputs, outputs = original.inputs, original.outputs
     if inputs and (inputs.dataset_inputs or inputs.model_inputs):
@@ -170,9 +190,41 @@ def register_model(
     Returns:
         The version.
     """
+    try:
+        return _register(
+            uri=uri,
+            model_name=model_name,
+            source_uri=source_uri,
+            alias=alias,
+            model_id=model_id,
+            run_id=run_id,
+            tags=tags,
+        )
+    except Exception as error:
+        if not is_away(error, uri) or isinstance(error, M1Error):
+            raise
+        raise StoreAway(
+            f"MLflow at {without_secret(uri)} went away while {model_name} was registered "
+            f"({error}); a registration cannot wait, so run the same command when it is back"
+        ) from error
+
+
+def _register(
+    *,
+    uri: str,
+    model_name: str,
+    source_uri: str,
+    alias: str,
+    model_id: str | None,
+    run_id: str | None,
+    tags: Mapping[str, str] | None,
+) -> str:
     from mlflow.exceptions import MlflowException
 
     client = open_client(uri)
+    run_id = run_id or None
+    if model_id is not None and model_id.startswith(PENDING):
+        model_id = None
     all_tags = {**(tags or {}), "source_uri": source_uri}
     try:
         client.create_registered_model(model_name)

@@ -29,7 +29,7 @@ def open_stage_run(
 
     MLFLOW_RUN_ID decides where it goes. KFP's MLflow plugin names the task's own nested run there,
     which is used; our launcher names the pipeline's run, under which the stage's run is nested.
-    Without it the run stands alone.
+    Without it the run stands alone, in the experiment of MLFLOW_EXPERIMENT_ID where that is set.
 
     Args:
         uri: MLflow tracking URI.
@@ -51,8 +51,8 @@ def open_stage_run(
         TAG_STAGE_HASH: stage_hash,
         "mlflow.source.name": f"m1 stage {stage}",
     }
-    named = os.environ.get("MLFLOW_RUN_ID")
-    context = _named_run(client, named, uri) if named else None
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    context = _named_run(client, run_id, uri) if run_id else None
     if context is not None and TAG_PARENT_RUN in context.data.tags:
         return StageRun(client, _reopen(client, context, all_tags), stage_hash)
     if context is not None:
@@ -60,7 +60,8 @@ def open_stage_run(
         all_tags[TAG_PARENT_RUN] = context.info.run_id
         candidates = child_runs(client, context, stage_hash)
     else:
-        experiment_id = ensure_experiment(client, experiment)
+        named = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        experiment_id = named or ensure_experiment(client, experiment)
         candidates = _lone_runs(client, experiment_id, stage_hash)
     for run in candidates:
         if run.info.status != "FINISHED":

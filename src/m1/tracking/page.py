@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from m1.config.stages import in_order, parents_among
+from m1.tracking.chain import lineage_of, origins
 from m1.tracking.graph import StageNode, draw_stages
 from m1.tracking.progress import format_duration
 from m1.types import Pointer
@@ -36,7 +38,8 @@ def lineage_page(
             summary=summary,
             tracking=tracking,
             run_id=run_id,
-            graph=draw_stages(stage_nodes(summary, pointers)),
+            graph=draw_stages([*_origin_nodes(pointers), *_rooted(summary, pointers)]),
+            scores=_scores(pointers),
             stages=[_details(pointer, pointers) for pointer in pointers.values()],
         )
     )
@@ -63,17 +66,51 @@ def stage_nodes(summary: Mapping[str, Any], pointers: Mapping[str, Pointer]) -> 
     return nodes
 
 
+def _origin_nodes(pointers: Mapping[str, Pointer]) -> list[StageNode]:
+    """Boxes for the code and the image that made the outputs."""
+    return [
+        StageNode(
+            name=kind,
+            detail=values[0][:18],
+            stage_hash=f"and {len(values) - 1} more" if len(values) > 1 else "",
+        )
+        for kind, values in origins(pointers.values()).items()
+        if values
+    ]
+
+
+def _rooted(summary: Mapping[str, Any], pointers: Mapping[str, Pointer]) -> list[StageNode]:
+    """The stages' boxes, whose first ones come after code and image."""
+    roots = tuple(kind for kind, values in origins(pointers.values()).items() if values)
+    return [
+        node if node.parents else replace(node, parents=roots)
+        for node in stage_nodes(summary, pointers)
+    ]
+
+
+def _scores(pointers: Mapping[str, Pointer]) -> list[tuple[str, str, str]]:
+    """(benchmark, model's stage, score with its interval) of the evaluations among the outputs."""
+    return [
+        (benchmark, stage, f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]")
+        for pointer in pointers.values()
+        for benchmark, row in pointer.metadata.get("scores", {}).items()
+        for stage, score in row.items()
+    ]
+
+
 def _details(pointer: Pointer, pointers: Mapping[str, Pointer]) -> dict[str, Any]:
     ids = {key: pointer.metadata[key] for key in _MLFLOW_KEYS if pointer.metadata.get(key)}
     others = {
         key: value if isinstance(value, str) else json.dumps(value, default=str)
         for key, value in pointer.metadata.items()
-        if key not in ids
+        if key not in ids and key not in ("lineage", "scores")
     }
     return {
         "pointer": pointer,
         "ids": ids,
         "others": {key: text for key, text in others.items() if len(text) <= 400},
+        "origin": {k: lineage_of(pointer).get(k) for k in ("code", "image", "config")},
+        "datasets": lineage_of(pointer).get("datasets", {}),
         "reads": list(parents_among(pointer.stage, pointers)) if in_order([pointer.stage]) else [],
     }
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from m1.tracking.rollout_traces import RolloutTrace, log_rollout_traces
 from m1.tracking.store import (
+    PENDING,
     has_model,
     log_new_params,
     metric_key,
@@ -44,20 +45,30 @@ class StageRun:
         """Log the resolved slice of the recipe; nested tables become dotted names."""
         log_new_params(self._client, self._run, params)
 
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
+    @property
+    def num_pending(self) -> int:
+        """Metrics that are buffered."""
+        return len(self._pending)
+
+    def log_metrics(
+        self, metrics: Mapping[str, float], *, step: int, seconds: float | None = None
+    ) -> None:
         """Buffer metrics of one step; they go out every 15 s and on close.
 
         Steps that an interrupted attempt of this run has logged already are left as they are.
+
+        Args:
+            metrics: By name.
+            step: Counted from 1.
+            seconds: Unix time they were measured at; absent: now.
         """
         from mlflow.entities import Metric
 
-        now = _milliseconds()
-        for name, value in metrics.items():
-            key = metric_key(name)
-            metric = Metric(key, float(value), now, step)
-            self._latest[key] = metric
-            if step > self._logged_up_to(key):
-                self._pending.append(metric)
+        now = _milliseconds() if seconds is None else int(seconds * 1000)
+        new = [Metric(metric_key(name), float(v), now, step) for name, v in metrics.items()]
+        fresh = [metric for metric in new if step > self._logged_up_to(metric.key)]
+        self._latest |= {metric.key: metric for metric in new}
+        self._pending += fresh
         if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self._flush_or_keep()
 
@@ -195,6 +206,14 @@ class StageRun:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Upload a file as an artifact of the run, below `folder`."""
         self._client.log_artifact(self.run_id, str(path), folder)
+
+    def known_model(self, model_id: str) -> str | None:
+        """The store's id of a model `pending:<stage hash>`; None when it has none."""
+        stage_hash = model_id.removeprefix(PENDING)
+        found = self._client.search_logged_models(
+            [self.experiment_id], filter_string=f"tags.stage_hash = '{stage_hash}'"
+        )
+        return str(found[0].model_id) if found else None
 
     def close(self, status: RunStatus = "FINISHED") -> None:
         """Write what is buffered and end the run; after a failure, store trouble only warns."""

@@ -26,6 +26,9 @@ TAG_RECIPE_HASH = "m1.recipe_hash"
 TAG_RECIPE_NAME = "m1.recipe_name"
 TAG_GIT_COMMIT = "m1.git_commit"
 
+PENDING = "pending:"
+"""Before the stage hash: a model that the store has not seen."""
+
 _MAX_DIGEST_CHARACTERS = 36
 _MAX_PARAMS_PER_BATCH = 100
 
@@ -49,14 +52,14 @@ def open_client(uri: str) -> Any:
     """An `MlflowClient` of the store at `uri`, quiet and without telemetry.
 
     Raises:
-        M1Error: If `uri` is a server that does not answer.
+        StoreAway: If `uri` is a server that does not answer.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # A server that is down would otherwise hold a stage for minutes of retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")
-    if uri.startswith(("http://", "https://")):
-        _require_answer(uri)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    require_answer(uri)
     from mlflow import MlflowClient
 
     for name in ("mlflow.store.db.utils", "alembic"):
@@ -66,20 +69,48 @@ def open_client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _require_answer(uri: str, num_attempts: int = 3) -> None:
+class StoreAway(M1Error):
+    """The MLflow server does not answer."""
+
+
+def require_answer(uri: str, *, num_attempts: int = 3, timeout_seconds: float = 5) -> None:
+    """Raise `StoreAway` unless `uri` is a file or a server that answers."""
+    if not uri.startswith(("http://", "https://")):
+        return
     for attempt in range(num_attempts):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_seconds).close()
             return
-        except urllib.error.HTTPError:
-            return  # An answer, if only that of a gateway that has no such page.
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return  # An answer, if only that of a gateway that has no such page.
+            reason: OSError = error
         except OSError as error:
-            if attempt + 1 == num_attempts:
-                raise M1Error(
-                    f"The MLflow tracking URI is {uri}, but nothing answers there ({error}); start "
-                    "the server, or unset MLFLOW_TRACKING_URI and tracking.uri for a local file."
-                ) from error
+            reason = error
+        if attempt + 1 < num_attempts:
             time.sleep(1)
+    raise StoreAway(
+        f"The MLflow tracking URI is {without_secret(uri)}, but nothing answers there ({reason}); "
+        "start the server, or unset MLFLOW_TRACKING_URI and tracking.uri for a local file."
+    ) from reason
+
+
+def is_away(error: BaseException, uri: str) -> bool:
+    """Whether an error says that the server at `uri` is out of order, rather than the request."""
+    if isinstance(error, StoreAway):
+        return True
+    if not uri.startswith(("http://", "https://")):
+        return False
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code()) >= 500
+    return isinstance(error, OSError)  # requests' exceptions are
+
+
+def without_secret(uri: str) -> str:
+    """`uri` without a user name and password."""
+    return re.sub(r"(://)[^/@]*@", r"\1", uri)
 
 
 def ensure_experiment(client: Any, experiment: str) -> str:

@@ -1,12 +1,11 @@
 """Reading a public layout from a folder, an S3 prefix or the hub."""
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from m1.data.tasks.layouts import LAYOUTS, UnusableRow
 from m1.storage import open_storage
@@ -40,35 +39,36 @@ def load_layout(layout: str, uri: str, *, max_tasks: int | None = None) -> Loade
     tasks: list[Task] = []
     skipped: Counter[str] = Counter()
     num_files = 0
-    for name, data in _files(uri):
+    for name, stream in _files(uri):
         num_files += 1
-        for row in _rows(name, data, skipped):
-            if len(tasks) == max_tasks:
-                return Loaded(tuple(tasks), dict(skipped))
-            try:
-                tasks.append(LAYOUTS[layout](row))
-            except UnusableRow as error:
-                skipped[str(error)] += 1
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                skipped[f"malformed_{type(error).__name__}"] += 1
+        with stream:
+            for row in _rows(name, stream, skipped):
+                if len(tasks) == max_tasks:
+                    return Loaded(tuple(tasks), dict(skipped))
+                try:
+                    tasks.append(LAYOUTS[layout](row))
+                except UnusableRow as error:
+                    skipped[str(error)] += 1
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    skipped[f"malformed_{type(error).__name__}"] += 1
     if not num_files:
         raise M1Error(f"{uri} holds no file that ends in {', '.join(_ENDINGS)}; give their folder")
     return Loaded(tuple(tasks), dict(skipped))
 
 
-def _files(uri: str) -> Iterator[tuple[str, bytes]]:
+def _files(uri: str) -> Iterator[tuple[str, BinaryIO]]:
     if uri.startswith("hub:"):
         uri = _downloaded(uri.removeprefix("hub:"))
     path = Path(uri.removeprefix("file://"))
     if "://" not in uri and path.is_file():
-        yield path.name, path.read_bytes()
+        yield path.name, path.open("rb")
         return
     if "://" not in uri and not path.is_dir():
         raise M1Error(f"{uri} is neither a file nor a folder; correct it")
     storage = open_storage(uri)
     for key in storage.list():
         if PurePosixPath(key).suffix in _ENDINGS:
-            yield key, storage.read_bytes(key)
+            yield key, storage.open_read(key)
 
 
 def _downloaded(name: str) -> str:
@@ -91,30 +91,30 @@ def _downloaded(name: str) -> str:
         ) from error
 
 
-def _rows(name: str, data: bytes, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
-    for row in _values(name, data, skipped):
+def _rows(name: str, stream: BinaryIO, skipped: Counter[str]) -> Iterator[dict[str, Any]]:
+    for row in _values(name, stream, skipped):
         if isinstance(row, dict):
             yield row
         else:
             skipped["no_object"] += 1
 
 
-def _values(name: str, data: bytes, skipped: Counter[str]) -> Iterator[Any]:
+def _values(name: str, stream: BinaryIO, skipped: Counter[str]) -> Iterator[Any]:
     if name.endswith(".parquet"):
         import pyarrow.parquet as pq
 
-        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches():
+        for batch in pq.ParquetFile(stream).iter_batches():
             yield from batch.to_pylist()
         return
     if name.endswith(".json"):
         try:
-            whole = json.loads(data)
+            whole = json.load(stream)
         except ValueError:
             skipped["invalid_json"] += 1
             return
         yield from whole if isinstance(whole, list) else [whole]
         return
-    for line in data.split(b"\n"):
+    for line in stream:
         if line.strip():
             try:
                 yield json.loads(line)

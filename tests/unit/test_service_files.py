@@ -1,0 +1,50 @@
+import configparser
+import shlex
+
+from m1.service_files import choose_ports, write_configuration, write_program, write_s3
+from m1.storage import LocalStorage
+
+
+def test_supervisord_reads_back_the_command_that_was_written(tmp_path):
+    (tmp_path / "programs").mkdir()
+    command = ["/bin/x", "a b", "50%", "it's", '"quoted"']
+    write_program(tmp_path, "p", command, environment={"A": "b c"}, extra={"autorestart": "false"})
+    parser = configparser.ConfigParser()  # interpolates %, as supervisord does
+    parser.read(tmp_path / "programs" / "p.conf")
+    assert shlex.split(parser["program:p"]["command"]) == command
+    assert parser["program:p"]["environment"] == 'A="b c"'
+    assert parser["program:p"]["autorestart"] == "false"
+    write_configuration(tmp_path, tmp_path / "socket")
+    parser.read(tmp_path / "supervisord.conf")
+    assert parser["include"]["files"] == f"{tmp_path}/programs/*.conf"
+
+
+def test_keys_of_the_s3_server_stand_in_files_of_this_user_only(tmp_path):
+    for name in ("programs", "secrets"):
+        (tmp_path / name).mkdir()
+    for name in ("access_key", "secret_key"):
+        (tmp_path / "secrets" / name).write_text(f"the-{name}")
+    write_s3(tmp_path, choose_ports())
+    for name in ("s3.json", "aws"):
+        path = tmp_path / "secrets" / name
+        assert path.stat().st_mode & 0o777 == 0o600 and "the-secret_key" in path.read_text()
+    assert "the-" not in (tmp_path / "programs" / "s3.conf").read_text()
+
+
+def test_ports_are_distinct():
+    ports = choose_ports()
+    assert len(set(ports.values())) == len(ports)
+
+
+def test_a_file_is_created_once_and_a_lock_has_one_holder(tmp_path):
+    storage = LocalStorage(tmp_path)
+    assert storage.create_bytes("a/b", b"one") and not storage.create_bytes("a/b", b"two")
+    assert storage.read_bytes("a/b") == b"one" and storage.list() == ("a/b",)
+    with storage.hold("lock", owner="", timeout_seconds=0):
+        refused = False
+        try:
+            with LocalStorage(tmp_path).hold("lock", owner="", timeout_seconds=0.1):
+                pass
+        except TimeoutError:
+            refused = True
+    assert refused
