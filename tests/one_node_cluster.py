@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[3]
+PROJECT = Path(__file__).parents[1]
 TOOLS = Path(os.environ.get("M1_K8S", PROJECT.parent / "shared" / "k8s"))
 PROGRAMS = ("etcd", "containerd", "runc", "iptables", "ip", "openssl", "xz")
 PACKAGES = (
