@@ -17,7 +17,7 @@ from minio.credentials import StaticProvider
 from minio.error import S3Error
 from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 
-BUCKETS = ("m1", "mlflow")
+BUCKETS = ("m1-runs", "mlflow")
 SCRATCH_DAYS = 7
 PATIENCE_SECONDS = 300.0
 

@@ -27,8 +27,11 @@ def cluster():
     if missing():
         pytest.skip(missing())
     running = OneNodeCluster()
-    yield running
-    running.close()
+    try:
+        running.prepare_sandboxes()
+        yield running
+    finally:
+        running.close()
 
 
 @pytest.fixture(scope="session")
