@@ -3,8 +3,8 @@
     python -m images.build ops --repository registry.example.org/m1/ops --push
     python -m images.build --pin                      # manifests/images from images.lock.json
 
-`--push` writes the digest that the registry answered into images.lock.json, from which the manifests take
-it. Without an index of its own the build uses the machine's; `--option` passes anything else to the engine.
+`--push` writes the digest that the registry answered into images.lock.json, from which the
+manifests take it. `--option` passes anything else to the engine.
 """
 
 import argparse

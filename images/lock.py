@@ -1,7 +1,8 @@
 """`python -m images.lock`: what each image installs, each file by its hash.
 
-uv resolves the extras of an image for its Python and platform; of every release one file is kept, the wheel
-that pip would take, or the source where there is no wheel. No address is kept, so any index serves.
+uv resolves the extras of an image for its Python and platform; of every release one file is kept,
+the wheel that pip would take, or the source where there is no wheel. No address is kept, so any
+index serves.
 """
 
 import subprocess

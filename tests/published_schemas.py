@@ -1,4 +1,4 @@
-"""Custom resources' published schemas, closed to fields that they do not name; CEL rules are left out.
+"""Custom resources' published schemas, closed to unknown fields; CEL rules are left out.
 
 They lie in folders beside the checkout (`../shared/schemas/crds`, or those that M1_CRDS lists).
 """

@@ -1,7 +1,7 @@
 """Images of this machine's files, built in seconds: Debian's Python, our sources, an S3 server.
 
-They stand in for those of images/, whose packages would take minutes. Python packages are not in them: the
-overlay of the tests mounts this environment's.
+They stand in for those of images/, whose packages would take minutes. Python packages are not in
+them: the overlay of the tests mounts this environment's.
 """
 
 import site

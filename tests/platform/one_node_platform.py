@@ -1,4 +1,4 @@
-"""The base of the manifests on a real Kubernetes: applied, waited for, reached through port-forwarding."""
+"""The base of the manifests on a real Kubernetes: applied, waited for, reached."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ KEY, SECRET, TOKEN = "m1-test", "m1-test-secret", "m1-test-token"
 
 
 def platform_secrets():
-    """(namespace, name) -> values of the Secrets that the runbook makes, and SeaweedFS's accounts."""
+    """(namespace, name) -> values: the Secrets of the runbook, and SeaweedFS's accounts."""
     s3 = {"access_key_id": KEY, "secret_access_key": SECRET}
     account = {"name": "m1", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
     account["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
@@ -33,6 +33,10 @@ def platform_secrets():
         ("kubeflow", "m1-rollout"): {"token": TOKEN},
         ("m1-platform", "seaweed-identities"): {"s3.json": json.dumps({"identities": [account]})},
     }
+
+
+def is_rollout(item):
+    return item["kind"] == "Deployment" and item["metadata"]["name"] == "m1-rollout"
 
 
 class Platform:
@@ -52,7 +56,8 @@ class Platform:
             first = [i for i in self.items if "minio" in i["metadata"]["name"]]
             self.apply([i for i in first if i["kind"] != "Job"])  # a Job's pods cannot change later
             store = self.ready_pod("m1-platform", "minio")
-            self.apply(self._with_names({"minio": store.status.pod_ip}))
+            self._name({"minio": store.status.pod_ip})
+            self.apply([i for i in self.items if not is_rollout(i)])
         except BaseException:
             self.close()
             raise
@@ -89,8 +94,8 @@ class Platform:
             ]
         )
 
-    def _with_names(self, addresses):
-        """Objects whose pods find services by name: there is neither DNS nor kube-proxy."""
+    def _name(self, addresses):
+        """Let pods find services by name: there is neither DNS nor kube-proxy."""
         aliases = [
             {"ip": ip, "hostnames": [name, f"{name}.m1-platform.svc.cluster.local"]}
             for name, ip in addresses.items()
@@ -98,7 +103,10 @@ class Platform:
         for item in self.items:
             if item["kind"] in ("Deployment", "Job"):
                 item["spec"]["template"]["spec"]["hostAliases"] = aliases
-        return self.items
+
+    def start_rollout(self):
+        """Start the inference server, once there is a model."""
+        self.apply([item for item in self.items if is_rollout(item)])
 
     def apply(self, items, *options):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -106,7 +114,7 @@ class Platform:
             file.flush()
             return self.cluster.kubectl("apply", *options, "-f", file.name)
 
-    def ready_pod(self, namespace, app, seconds=180):
+    def ready_pod(self, namespace, app, seconds=240):
         """The pod of an app, once it is ready or has succeeded."""
         deadline = time.monotonic() + seconds
         selector = f"app.kubernetes.io/name={app}"

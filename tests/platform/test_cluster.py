@@ -22,8 +22,8 @@ def store(platform):
 
 
 @pytest.fixture(scope="module")
-def policy_model(make_model, tiny_config, tmp_path_factory, store):
-    """A tiny model, where the inference server looks for it."""
+def rollout(platform, make_model, tiny_config, tmp_path_factory, store):
+    """A tiny model where the inference server looks for it, and that server's address."""
     from m1.data.tokenizer import Tokenizer, train_tokenizer
     from m1.model.hf import export_hf
 
@@ -34,16 +34,21 @@ def policy_model(make_model, tiny_config, tmp_path_factory, store):
     export_hf(model, tiny_config, folder, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
     for path in folder.iterdir():
         store.fput_object("m1-runs", f"m1/register/model/{path.name}", str(path))
-    return folder
+    platform.start_rollout()
+    return platform.url(platform.ready_pod("kubeflow", "m1-rollout"), 8000)
 
 
 def test_both_overlays_are_accepted_by_the_api_server(platform):
     for name in ("kind", "cluster"):
         items = [i for i in render(MANIFESTS / "overlays" / name) if i["kind"] != "StatefulSet"]
-        own = [i for i in items if "." not in i["apiVersion"].partition("/")[0].removesuffix(".k8s.io")]
+        own = [
+            i for i in items if "." not in i["apiVersion"].partition("/")[0].removesuffix(".k8s.io")
+        ]
         sent = [i for i in own if i["apiVersion"] not in NEWER_APIS and i["kind"] != "Job"]
         assert len(sent) > 25
-        sets = [i for i in render(MANIFESTS / "overlays" / name) if i["kind"] in ("StatefulSet", "Job")]
+        sets = [
+            i for i in render(MANIFESTS / "overlays" / name) if i["kind"] in ("StatefulSet", "Job")
+        ]
         for item in sets:  # of which little can change once they are there: under other names
             item = json.loads(json.dumps(item))
             item["metadata"]["name"] += "-again"
@@ -53,11 +58,13 @@ def test_both_overlays_are_accepted_by_the_api_server(platform):
 
 
 def test_the_api_server_refuses_a_manifest_that_cannot_be(platform):
-    (item,) = [i for i in platform.items if i["kind"] == "Deployment" and "mlflow" in str(i["metadata"])]
+    (item,) = [
+        i for i in platform.items if i["kind"] == "Deployment" and "mlflow" in str(i["metadata"])
+    ]
     changed = json.loads(json.dumps(item))
     changed["metadata"]["name"] = "broken"
     changed["spec"]["selector"]["matchLabels"] = {"app": "other"}
-    with pytest.raises(AssertionError, match="selector.*does not match template"):
+    with pytest.raises(AssertionError, match=r"selector.*does not match template"):
         platform.apply([changed], "--dry-run=server")
 
 
@@ -77,7 +84,9 @@ def test_mlflow_keeps_artifacts_in_the_store(platform, store, tmp_path):
     client.log_metric(run.info.run_id, "rl/reward", 0.5)
     client.log_artifact(run.info.run_id, str(tmp_path / "report.txt"))
     assert client.get_run(run.info.run_id).data.metrics == {"rl/reward": 0.5}
-    (found,) = [o for o in store.list_objects("mlflow", recursive=True) if "report.txt" in o.object_name]
+    (found,) = [
+        o for o in store.list_objects("mlflow", recursive=True) if "report.txt" in o.object_name
+    ]
     assert store.get_object("mlflow", found.object_name).read() == b"kept"
 
 
@@ -88,14 +97,13 @@ def test_mlflow_refuses_requests_for_other_hosts(platform):
     assert httpx.get(path, headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_an_inference_server_loads_its_model_from_the_store_and_answers(platform, policy_model):
-    address = platform.url(platform.ready_pod("kubeflow", "m1-rollout"), 8000)
+def test_an_inference_server_loads_its_model_from_the_store_and_answers(rollout):
     body = {"prompt": "what is one", "max_tokens": 4, "seed": 1}
-    assert httpx.post(f"{address}/v1/completions", json=body).status_code == 401
+    assert httpx.post(f"{rollout}/v1/completions", json=body).status_code == 401
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = httpx.post(f"{address}/v1/completions", json=body, headers=headers, timeout=60)
+    answer = httpx.post(f"{rollout}/v1/completions", json=body, headers=headers, timeout=60)
     assert answer.json()["usage"]["completion_tokens"] > 0
-    metrics = httpx.get(f"{address}/metrics", headers=headers).text
+    metrics = httpx.get(f"{rollout}/metrics", headers=headers).text
     assert 'm1_requests_total{path="/v1/completions",status="200"} 1.0' in metrics
 
 

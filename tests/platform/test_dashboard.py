@@ -55,7 +55,9 @@ def test_every_panel_groups_and_names_by_labels_that_exist(exported):
     for title, text, legend in expressions():
         (*_, last) = re.findall(r"\bm1_\w+", text)
         labels = exported[last] | scraped
-        grouped = {name.strip() for by in re.findall(r"by \((.*?)\)", text) for name in by.split(",")}
+        grouped = {
+            name.strip() for by in re.findall(r"by \((.*?)\)", text) for name in by.split(",")
+        }
         assert grouped <= labels, title
         used = set(re.findall(r"\{\{(\w+)\}\}", legend))
         assert used <= (grouped or labels), title
@@ -63,7 +65,9 @@ def test_every_panel_groups_and_names_by_labels_that_exist(exported):
 
 def test_everything_exported_but_bookkeeping_is_on_the_dashboard(exported):
     shown = {name for _, text, _ in expressions() for name in re.findall(r"\bm1_\w+", text)}
-    absent = {n for n in exported if not n.endswith(("_created", "_sum", "_count")) and n not in shown}
+    absent = {
+        n for n in exported if not n.endswith(("_created", "_sum", "_count")) and n not in shown
+    }
     assert absent == set()
 
 

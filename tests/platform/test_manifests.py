@@ -37,7 +37,7 @@ def overlay(name):
 
 def is_builtin(item):
     group = item["apiVersion"].rpartition("/")[0]
-    return "." not in group or group.endswith("k8s.io") and not group.endswith("x-k8s.io")
+    return "." not in group or (group.endswith("k8s.io") and not group.endswith("x-k8s.io"))
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

@@ -1,7 +1,7 @@
 """Buckets, lifecycle rules, and an account for each use that reaches its own bucket only.
 
-Runs in the `ops` image, as often as one likes. ACCOUNTS=none leaves accounts out, for S3 servers without
-MinIO's administration.
+Runs in the `ops` image, as often as one likes. ACCOUNTS=none leaves accounts out, for S3 servers
+without MinIO's administration.
 """
 
 import json
