@@ -156,6 +156,13 @@ def test_an_image_that_is_unknown_is_refused(capsys):
     assert "invalid choice: 'game'" in capsys.readouterr().err
 
 
+def index_setting():
+    """The line of a pip.conf that names this machine's index; empty where it is pip's own."""
+    asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return f"index-url = {done.stdout.strip()}\n" if done.returncode == 0 else ""
+
+
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory):
     """Options that put an image of a debootstrapped root in the place of the base."""
@@ -176,7 +183,10 @@ def debian(tmp_path_factory):
     importing = [engine, "import", "-", "localhost/debian:bookworm"]
     subprocess.run(importing, stdin=tar.stdout, check=True, capture_output=True)
     options = ["--build-arg=DEBIAN=localhost/debian:bookworm", "--isolation=chroot"]
-    options += ["--network=host", "--volume=/etc/ssl/certs:/etc/ssl/certs:ro"]
+    settings = folder / "pip.conf"  # this machine's index, whoever signs for it
+    settings.write_text("[global]\ncert = /etc/pip.pem\n" + index_setting())
+    options += ["--network=host", f"--volume={settings}:/etc/pip.conf:ro"]
+    options.append("--volume=/etc/ssl/certs/ca-certificates.crt:/etc/pip.pem:ro")
     yield engine, options
     subprocess.run([engine, "system", "reset", "--force"], check=False, capture_output=True)
 
