@@ -78,7 +78,6 @@ class Platform:
 
     def _prepare(self):
         text = json.dumps(render(OVERLAY)).replace("PACKAGES", str(host_image.PACKAGES))
-        self.newer = [i for i in json.loads(text) if i["apiVersion"] in NEWER_APIS]
         self.items = [i for i in json.loads(text) if i["apiVersion"] not in NEWER_APIS]
         names = ["kubeflow", "m1-platform", "m1-sandbox", "monitoring"]
         self.apply(

@@ -48,6 +48,12 @@ def key_of(item):
     return (item["kind"], item["metadata"].get("namespace", ""), item["metadata"]["name"])
 
 
+def is_builtin(item):
+    """Whether Kubernetes itself has the kind."""
+    group = item["apiVersion"].rpartition("/")[0]
+    return "." not in group or (group.endswith("k8s.io") and not group.endswith("x-k8s.io"))
+
+
 def pod_specs(items):
     """(name of the owner, spec) of every pod template, those inside custom resources too."""
     for item in items:

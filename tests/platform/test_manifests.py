@@ -5,7 +5,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 from published_schemas import FOLDERS, schema_of
-from rendering import MANIFESTS, containers, key_of, pod_specs, render
+from rendering import MANIFESTS, containers, is_builtin, key_of, pod_specs, render
 
 from images.build import COMPONENT, pin, read_lock
 
@@ -33,11 +33,6 @@ PLUGIN_SETTINGS = {
 
 def overlay(name):
     return render(MANIFESTS / "overlays" / name)
-
-
-def is_builtin(item):
-    group = item["apiVersion"].rpartition("/")[0]
-    return "." not in group or (group.endswith("k8s.io") and not group.endswith("x-k8s.io"))
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -68,6 +63,16 @@ def test_custom_resources_fit_their_published_schemas(kind):
     for item in found:
         assert item["apiVersion"] == api_version
         jsonschema.Draft202012Validator(schema).validate(item)
+
+
+def test_the_trainer_s_runtime_makes_a_job_set():
+    schema = schema_of("jobset.x-k8s.io/v1alpha2", "JobSet")
+    if schema is None:
+        pytest.skip(f"no schema of a JobSet in {FOLDERS} (M1_CRDS)")
+    (item,) = [i for i in overlay("cluster") if i["kind"] == "ClusterTrainingRuntime"]
+    made = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}}
+    made["spec"] = item["spec"]["template"]["spec"]
+    jsonschema.Draft202012Validator(schema).validate(made)
 
 
 def test_no_custom_resource_is_forgotten():
