@@ -7,15 +7,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from m1.curate.calibration_files import calibrate_files, read_calibration
-from m1.curate.files import curate_files, read_settings
-
 
 def curate(
     settings: Annotated[Path, typer.Argument(help="TOML file: inputs, filters, thresholds.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Filter, deduplicate and decontaminate tasks; writes them with a card and a funnel chart."""
+    from m1.curate.files import curate_files, read_settings  # needs more than the base install
+
     console = Console()
     config = read_settings(settings)
     card = curate_files(config, output, report=lambda step: console.print(f"  {step}"))
@@ -34,6 +33,8 @@ def calibrate(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Sample models on logic tasks and find the difficulties that are worth training on."""
+    from m1.curate.calibration_files import calibrate_files, read_calibration
+
     console = Console()
     config = read_calibration(settings)
     table = calibrate_files(config, output, report=lambda cell: console.print(f"  {cell}"))

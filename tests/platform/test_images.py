@@ -9,6 +9,7 @@ from pathlib import Path
 import pathspec
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rendering import PROJECT
 
 from images.build import IMAGES, main, read_lock
@@ -218,5 +219,20 @@ def test_an_image_is_built_from_a_debootstrapped_root_and_runs(
     assert "python3\t" in listed
     if name in INSTALLS:
         report = json.loads((root / "usr/share/sbom/python.json").read_text())
-        installed = {item["metadata"]["name"].lower() for item in report["installed"]}
-        assert installed - {"m1"} == {package.lower() for package in locked(name)}
+        installed = {canonicalize_name(item["metadata"]["name"]) for item in report["installed"]}
+        assert installed - {"m1"} == {canonicalize_name(package) for package in locked(name)}
+
+
+def test_the_command_line_starts_with_what_the_ops_image_installs():
+    allowed = {canonicalize_name(name) for name in locked("ops")} | {"m1"}
+    program = """
+import importlib.metadata, re, sys
+import m1.cli
+tops = {name.partition(".")[0] for name in sys.modules}
+found = importlib.metadata.packages_distributions()
+print(*{re.sub("[-_.]+", "-", d).lower() for top in tops for d in found.get(top, ())})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT
+    )
+    assert set(done.stdout.split()) <= allowed
