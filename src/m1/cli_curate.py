@@ -7,17 +7,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from m1.curate.calibration import CalibrateConfig
-from m1.curate.calibration_files import calibrate_files
-from m1.curate.files import curate_files
-from m1.curate.settings import CurateConfig, read_settings
-
 
 def curate(
     settings: Annotated[Path, typer.Argument(help="TOML file: inputs, filters, thresholds.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Filter, deduplicate and decontaminate tasks; writes them with a card and a funnel chart."""
+    from m1.curate.files import curate_files  # needs more than the base install
+    from m1.curate.settings import CurateConfig, read_settings
+
     console = Console()
     config = read_settings(settings, CurateConfig, holds="[[inputs]]")
     card = curate_files(config, output, report=lambda step: console.print(f"  {step}"))
@@ -36,6 +34,10 @@ def calibrate(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Sample models on logic tasks and find the difficulties that are worth training on."""
+    from m1.curate.calibration import CalibrateConfig
+    from m1.curate.calibration_files import calibrate_files
+    from m1.curate.settings import read_settings
+
     console = Console()
     config = read_settings(settings, CalibrateConfig, holds="a [base] model")
     table = calibrate_files(config, output, report=lambda cell: console.print(f"  {cell}"))

@@ -7,40 +7,14 @@ pods that the controller makes are real.
 """
 
 import json
-import os
 import threading
 import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
-import yaml
-from one_node_cluster import PROJECT
-
-SCHEMAS = Path(os.environ.get("M1_CRDS", PROJECT.parent / "shared" / "schemas" / "crds"))
-
-
-def schema_of(version):
-    """JSON schema of a `Sandbox`, closed to fields that it does not name."""
-    path = SCHEMAS / "agents.x-k8s.io_sandboxes.yaml"
-    versions = yaml.safe_load(path.read_text())["spec"]["versions"]
-    (found,) = [v for v in versions if v["name"] == version]
-    return _closed(found["schema"]["openAPIV3Schema"])
-
-
-def _closed(value):
-    if isinstance(value, list):
-        return [_closed(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    closed = {key: _closed(item) for key, item in value.items()}
-    if value.get("x-kubernetes-int-or-string"):
-        return {"type": ["integer", "string"]}
-    if isinstance(value.get("properties"), dict) and value.get("type") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed
+from published_schemas import schema_of
 
 
 class SandboxController:
@@ -50,7 +24,7 @@ class SandboxController:
         from kubernetes import client
 
         self.objects, self.lock = {}, threading.Lock()
-        self.schema = schema_of("v1beta1")
+        self.schema = schema_of("agents.x-k8s.io/v1beta1", "Sandbox")
         self._backend = backend
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         address = f"http://127.0.0.1:{self._server.server_port}"

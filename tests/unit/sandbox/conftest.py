@@ -1,8 +1,9 @@
 """The same tests for every backend; those in a cluster are marked so."""
 
 import pytest
-from agent_sandbox_controller import SCHEMAS, SandboxController
+from agent_sandbox_controller import SandboxController
 from one_node_cluster import OneNodeCluster, missing
+from published_schemas import FOLDERS, schema_of
 from sandbox_limits import LIMITS
 
 from m1.sandbox import bubblewrap
@@ -26,8 +27,11 @@ def cluster():
     if missing():
         pytest.skip(missing())
     running = OneNodeCluster()
-    yield running
-    running.close()
+    try:
+        running.prepare_sandboxes()
+        yield running
+    finally:
+        running.close()
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +46,8 @@ def kubernetes_backend(cluster_config):
 
 @pytest.fixture(scope="session")
 def agent_sandbox_backend(cluster_config):
-    if not SCHEMAS.exists():
-        pytest.skip(f"no published schemas in {SCHEMAS} (M1_CRDS)")
+    if schema_of("agents.x-k8s.io/v1beta1", "Sandbox") is None:
+        pytest.skip(f"no published schema of a Sandbox in {FOLDERS} (M1_CRDS)")
     backend = AgentSandboxBackend(cluster_config)
     controller = SandboxController(backend)
     yield backend

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).parents[3]
+PROJECT = Path(__file__).parents[1]
 TOOLS = Path(os.environ.get("M1_K8S", PROJECT.parent / "shared" / "k8s"))
 PROGRAMS = ("etcd", "containerd", "runc", "iptables", "ip", "openssl", "xz")
 PACKAGES = (
@@ -40,29 +40,42 @@ def missing():
 
 
 class OneNodeCluster:
-    """Up on construction; `close` leaves nothing but unpacked programs."""
+    """Up on construction; `close` leaves nothing but unpacked programs.
 
-    def __init__(self):
+    With `pod_net` none a pod reaches nothing; with open, pods reach each other and the API server.
+    """
+
+    def __init__(self, pod_net="none"):
         os.environ["NO_PROXY"] = os.environ["no_proxy"] = "10.0.0.0/8,localhost,127.0.0.1"
         for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy")]:
             del os.environ[name]
         self.tools = TOOLS
         self.is_kept = "M1_K8S_DIR" in os.environ  # for work on these tests: up once, used often
         folder = os.environ.get("M1_K8S_DIR") or f"{tempfile.gettempdir()}/m1-k8s-{os.getpid()}"
-        self.folder = Path(folder)
-        archive = Path(tempfile.gettempdir()) / "m1-k8s-python.tar"
+        self.folder = Path(f"{folder}-{pod_net}")
+        net = f"10.{78 if pod_net == 'none' else 79}"
+        net += ".251" if self.is_kept else f".{os.getpid() % 250}"
         try:
-            net = "10.78.251" if self.is_kept else f"10.78.{os.getpid() % 250}"
-            self.kubeconfig = self.run("up", "--net", net).strip().splitlines()[-1]
-            maker = [sys.executable, str(TOOLS / "make_image.py"), "--packages", ",".join(PACKAGES)]
-            subprocess.run([*maker, "--name", IMAGE, str(archive)], check=True, capture_output=True)
-            self.run("load", str(archive))
-            self.kubectl("apply", "-k", str(PROJECT / "manifests" / "base" / "sandbox"))
+            started = self.run("up", "--net", net, "--pod-net", pod_net)
+            self.kubeconfig = started.strip().splitlines()[-1]
         except BaseException:
             self.close()
             raise
+
+    def prepare_sandboxes(self):
+        """Load the sandboxes' image, and apply their manifests."""
+        archive = self.folder / "python.tar"
+        maker = [sys.executable, str(TOOLS / "make_image.py"), "--packages", ",".join(PACKAGES)]
+        subprocess.run([*maker, "--name", IMAGE, str(archive)], check=True, capture_output=True)
+        self.load(archive)
+        self.kubectl("apply", "-k", str(PROJECT / "manifests" / "base" / "sandbox"))
+
+    def load(self, archive):
+        """Load an image's archive, and remove it."""
+        try:
+            self.run("load", str(archive))
         finally:
-            archive.unlink(missing_ok=True)
+            archive.unlink()
 
     def run(self, *arguments):
         command = [sys.executable, str(TOOLS / "cluster"), "--dir", str(self.folder), *arguments]

@@ -1,0 +1,1 @@
+"""Container images: how they are locked, built and described."""
