@@ -90,8 +90,9 @@ def write_program(
 ) -> None:
     """A program of the supervisor; `extra` are further settings of supervisord."""
     log = folder / "logs" / f"{name}.log"
+    alone = [sys.executable, "-m", "m1.service_alone", str(folder / name), *command]
     settings = {
-        "command": " ".join(shlex.quote(word) for word in command),
+        "command": " ".join(shlex.quote(word) for word in alone),
         "directory": str(directory or folder),
         "environment": ",".join(f'{k}="{v}"' for k, v in (environment or {}).items()),
         "autorestart": "true",

@@ -222,6 +222,15 @@ def test_the_supervisor_starts_a_service_again_that_died(services):
             break
         time.sleep(1)
     assert again.is_answering and not psutil.pid_exists(int(pid))
+    (new,) = re.findall(r"pid (\d+)", again.detail)
+    answering = {
+        process
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+        and connection.laddr.port == services.ports["mlflow"]
+        for process in (connection.pid, *(p.pid for p in psutil.Process(connection.pid).parents()))
+    }
+    assert int(new) in answering  # not a child that the killed one left on the port
 
 
 def test_a_detached_run_is_a_program_of_the_supervisor(whole, m1, root, services):

@@ -1,5 +1,9 @@
 import configparser
 import shlex
+import subprocess
+import sys
+
+import psutil
 
 from m1.service_files import choose_ports, write_configuration, write_program, write_s3
 from m1.storage import LocalStorage
@@ -11,12 +15,35 @@ def test_supervisord_reads_back_the_command_that_was_written(tmp_path):
     write_program(tmp_path, "p", command, environment={"A": "b c"}, extra={"autorestart": "false"})
     parser = configparser.ConfigParser()  # interpolates %, as supervisord does
     parser.read(tmp_path / "programs" / "p.conf")
-    assert shlex.split(parser["program:p"]["command"]) == command
+    assert shlex.split(parser["program:p"]["command"])[-len(command) :] == command
     assert parser["program:p"]["environment"] == 'A="b c"'
     assert parser["program:p"]["autorestart"] == "false"
     write_configuration(tmp_path, tmp_path / "socket")
     parser.read(tmp_path / "supervisord.conf")
     assert parser["include"]["files"] == f"{tmp_path}/programs/*.conf"
+
+
+def test_a_service_that_starts_again_ends_what_its_last_start_left(tmp_path):
+    start = [sys.executable, "-m", "m1.service_alone"]
+    leaves = ["sh", "-c", "sleep 300 & echo $!; exec sleep 300"]
+
+    def begin(name):
+        process = subprocess.Popen([*start, str(tmp_path / name), *leaves], stdout=subprocess.PIPE)
+        return process, psutil.Process(int(process.stdout.readline()))
+
+    (first, orphan), (other, bystander) = begin("one"), begin("other")
+    first.kill()
+    first.wait()
+    assert orphan.is_running()
+    again, child = begin("one")
+    try:
+        orphan.wait(timeout=5)
+        assert child.is_running() and bystander.is_running()
+        assert psutil.Process(again.pid).cmdline() == ["sleep", "300"]
+    finally:
+        for process in (again, child, other, bystander):
+            process.kill()
+            process.wait()
 
 
 def test_keys_of_the_s3_server_stand_in_files_of_this_user_only(tmp_path):

@@ -202,6 +202,7 @@ _NOT_COMPUTING = frozenset(
         "profiles.py",
         "rank.py",
         "resolving.py",
+        "service_alone.py",
         "service_files.py",
         "services.py",
         "tracking",
