@@ -21,7 +21,7 @@ def weights():
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the layouts of published models are tested at small sizes
 def test_smollm2_gives_the_logits_that_transformers_gives(tmp_path):
     from transformers import AutoModelForCausalLM, GgufConfig
 

@@ -22,6 +22,14 @@ BACKENDS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """agent-sandbox's pods are built as those of the other backend, so their escapes can wait."""
+    for item in items:
+        if item.path.name == "test_escapes.py" and "agent-sandbox" in item.name:
+            item.add_marker(pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     if missing():

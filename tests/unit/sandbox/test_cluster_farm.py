@@ -23,7 +23,7 @@ OPENER = """
 import sys, time
 from m1.sandbox.kubernetes import KubernetesBackend
 from m1.sandbox.pods import ClusterConfig
-backend = KubernetesBackend(ClusterConfig(kubeconfig=sys.argv[1], lease_seconds=6, farm="killed"))
+backend = KubernetesBackend(ClusterConfig(kubeconfig=sys.argv[1], lease_seconds=20, farm="killed"))
 box = backend.open()
 print(box.name, flush=True)
 box.exec(["sleep", "600"])
