@@ -4,7 +4,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from m1.config.base import Config, Fraction, NonNegativeInt, PositiveInt, refuse, repeated
+from m1.config.base import (
+    Config,
+    Fraction,
+    NonNegativeInt,
+    PositiveInt,
+    refuse,
+    refuse_credentials,
+    repeated,
+)
 
 
 class SourceConfig(Config):
@@ -67,12 +75,17 @@ class TokenizerConfig(Config):
 
 
 class TaskSourceConfig(Config):
-    """Verifiable tasks from one generator, split disjointly."""
+    """Verifiable tasks from one generator or one set, split disjointly."""
 
     name: str
     """Name in reports; by default the benchmark's name too."""
-    dataset: str
-    """reasoning-gym dataset, or `logic:<task>` for one of our own logic tasks."""
+    dataset: str = ""
+    """Generator: a reasoning-gym dataset, or `logic:<task>` for one of our own logic tasks."""
+    uri: str | None = None
+    """Set instead of a generator: folder, file, `s3://bucket/prefix` or `hub:owner/name`; a file of
+    `m1 curate` where `layout` is absent. In an order of its own for each seed."""
+    layout: str = "m1"
+    """Of the set: `m1`, our JSONL or Parquet, or a name in `m1.data.tasks.layouts`."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that dataset's configuration; `difficulty` of a logic task, 1 to 10 or a
     list of them, in turn."""
@@ -85,6 +98,22 @@ class TaskSourceConfig(Config):
     """Tasks for RL."""
     num_heldout: NonNegativeInt = 0
     """Tasks for evaluation only."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.uri is None) == (not self.dataset):
+            has = "neither dataset nor uri" if self.uri is None else "both dataset and uri"
+            refuse([f"{self.name!r} has {has}; name a generator or a set"])
+        if self.uri is not None and (self.num_sft or self.parameters):
+            refuse(
+                [
+                    f"{self.name!r} reads a set, which has no worked solutions and takes no "
+                    "parameters; set num_sft to 0 and leave parameters out"
+                ]
+            )
+        if self.uri is not None:
+            refuse_credentials("uri", self.uri, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
 
 
 class DataConfig(Config):

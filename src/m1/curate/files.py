@@ -9,10 +9,9 @@ from m1.curate.pass_rate import Sampler
 from m1.curate.rate_store import RateStore
 from m1.curate.run import curate
 from m1.curate.settings import CurateConfig, InputConfig
-from m1.data.tasks import read_tasks
-from m1.data.tasks.loading import load_layout
+from m1.data.tasks.loading import load_tasks
 from m1.rewards.service.pool import RewardService
-from m1.types import M1Error, Task
+from m1.types import Task
 
 
 def curate_files(
@@ -66,13 +65,5 @@ def curate_artifact(settings: str, output: Any) -> None:
 
 def read_inputs(inputs: Sequence[InputConfig]) -> list[Task]:
     """Tasks of all sets, in order."""
-    tasks: list[Task] = []
-    for given in inputs:
-        if given.layout != "m1":
-            tasks += load_layout(given.layout, given.uri, max_tasks=given.max_tasks).tasks
-            continue
-        path = Path(given.uri.removeprefix("file://"))
-        if not path.is_file():
-            raise M1Error(f"{given.uri} is not a file; layout 'm1' reads our JSONL or Parquet")
-        tasks += read_tasks(path)[: given.max_tasks]
-    return tasks
+    sets = (load_tasks(x.uri, layout=x.layout, max_tasks=x.max_tasks) for x in inputs)
+    return [task for tasks in sets for task in tasks]

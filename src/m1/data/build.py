@@ -298,7 +298,7 @@ def _task_facts(config: DataConfig, splits: TaskSplits) -> dict[str, Any]:
         "sources": [
             {
                 "name": source.name,
-                "dataset": source.dataset,
+                "dataset": source.uri or source.dataset,
                 "num_sft": source.num_sft,
                 "num_rl": source.num_rl,
                 "num_heldout": source.num_heldout,

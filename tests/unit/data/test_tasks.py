@@ -4,6 +4,7 @@ import pytest
 import reasoning_gym
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from m1.config.schema import TaskSourceConfig
 from m1.data.tasks import TaskSplits, make_tasks, num_shared_prompts, read_tasks, write_tasks
@@ -139,3 +140,41 @@ def test_our_own_logic_tasks_are_drawn_by_name_and_difficulty():
 def test_a_wrong_logic_entry_is_refused(changes, message):
     with pytest.raises(M1Error, match=message):
         make_tasks([source(num_sft=0, num_rl=1, **changes)], seed=1)
+
+
+def a_set(tmp_path, count):
+    path = tmp_path / "tasks.jsonl"
+    write_tasks(
+        path, [Task(f"t{n}", "x", f"What is {n} + 1?", str(n + 1), "maths") for n in range(count)]
+    )
+    return str(path)
+
+
+def test_a_set_is_split_disjointly_and_keeps_its_verifier(tmp_path):
+    config = TaskSourceConfig(name="mine", uri=a_set(tmp_path, 10), num_rl=6, num_heldout=3)
+    splits = make_tasks([config], seed=1)
+    assert (len(splits.rl), len(splits.heldout), splits.sft) == (6, 3, ())
+    assert num_shared_prompts(splits) == 0
+    assert {(t.source, t.verifier) for t in splits.rl} == {("mine", "maths")}
+    assert all(t.reference == str(int(t.prompt.split()[2]) + 1) for t in splits.rl)
+    assert make_tasks([config], seed=1) == splits
+    assert make_tasks([config], seed=2).rl != splits.rl
+
+
+def test_a_set_with_too_few_tasks_says_how_many_it_has(tmp_path):
+    config = TaskSourceConfig(name="mine", uri=a_set(tmp_path, 4), num_rl=6)
+    with pytest.raises(M1Error, match=r"needs 6 .*gave 4 \(4 kept\)"):
+        make_tasks([config], seed=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "neither dataset nor uri"),
+        ({"dataset": "chain_sum", "uri": "x"}, "both dataset and uri"),
+        ({"uri": "x", "num_sft": 3}, "no worked solutions"),
+    ],
+)
+def test_an_entry_names_a_generator_or_a_set(fields, said):
+    with pytest.raises(ValidationError, match=said):
+        TaskSourceConfig(name="mine", **fields)

@@ -1,4 +1,4 @@
-"""Generated tasks, unique by prompt, in disjoint splits for their uses."""
+"""Tasks of generators and of sets, unique by prompt, in disjoint splits for their uses."""
 
 import difflib
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 from m1.config.schema import TaskSourceConfig
 from m1.data.demonstrations import SOLVERS, require_solver
 from m1.data.logic.catalogue import logic_task
+from m1.data.tasks.loading import load_tasks
 from m1.types import M1Error, Task
 
 LOGIC_PREFIX = "logic:"
@@ -63,8 +64,11 @@ def _draw(
     """Enough tasks with prompts not in `taken`, which grows; all outcomes are counted."""
     needed = config.num_sft + config.num_rl + config.num_heldout
     num_draws = 20 * needed + 1000
-    is_own = config.dataset.startswith(LOGIC_PREFIX)
-    candidates = (_own if is_own else _reasoning_gym)(config, seed, num_draws)
+    if config.uri is not None:
+        candidates = _given(config, seed)
+    else:
+        is_own = config.dataset.startswith(LOGIC_PREFIX)
+        candidates = (_own if is_own else _reasoning_gym)(config, seed, num_draws)
     tasks: list[Task] = []
     for candidate in candidates:
         if len(tasks) == needed:
@@ -80,6 +84,11 @@ def _draw(
             tasks.append(task)
     if len(tasks) < needed:
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(outcomes.items()))
+        if config.uri is not None:
+            raise M1Error(
+                f"data.tasks {config.name!r} needs {needed} unique tasks (num_rl + num_heldout), "
+                f"but {config.uri} gave {len(tasks)} ({seen or 'it is empty'}); lower those counts"
+            )
         raise M1Error(
             f"data.tasks {config.name!r} needs {needed} unique tasks (num_sft + num_rl + "
             f"num_heldout), but {config.dataset} gave {len(tasks)} in {num_draws} draws ({seen}); "
@@ -106,6 +115,19 @@ def _reasoning_gym(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_
     for number in range(size):
         entry = dataset[number]
         yield _Candidate(entry["question"], partial(make, entry))
+
+
+def _given(config: TaskSourceConfig, seed: int) -> Iterator[_Candidate]:
+    """A set's tasks as they are, in the seed's order."""
+    assert config.uri is not None
+    tasks = load_tasks(config.uri, layout=config.layout)
+    random.Random(_own_seed(config, seed)).shuffle(tasks)
+
+    def make(task: Task, task_id: str) -> tuple[Task, str | None]:
+        return replace(task, task_id=task_id, source=config.name), None
+
+    for task in tasks:
+        yield _Candidate(task.prompt, partial(make, task))
 
 
 def _own(config: TaskSourceConfig, seed: int, size: int) -> Iterator[_Candidate]:

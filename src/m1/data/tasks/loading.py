@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from m1.data.tasks.files import read_tasks
 from m1.data.tasks.layouts import LAYOUTS, UnusableRow
 from m1.storage import open_storage
 from m1.types import M1Error, Task
@@ -20,6 +21,20 @@ class Loaded:
 
     tasks: tuple[Task, ...]
     skipped: dict[str, int]
+
+
+def load_tasks(uri: str, *, layout: str, max_tasks: int | None = None) -> list[Task]:
+    """Tasks of a set: of a file of ours (`layout` m1), or of a public layout; see `load_layout`.
+
+    Raises:
+        M1Error: There is no such file, or nothing readable in it.
+    """
+    if layout != "m1":
+        return list(load_layout(layout, uri, max_tasks=max_tasks).tasks)
+    path = Path(uri.removeprefix("file://"))
+    if not path.is_file():
+        raise M1Error(f"{uri} is not a file; layout 'm1' reads our JSONL or Parquet")
+    return read_tasks(path)[:max_tasks]
 
 
 def load_layout(layout: str, uri: str, *, max_tasks: int | None = None) -> Loaded:
