@@ -97,6 +97,7 @@ def test_a_corrupt_shard_of_an_earlier_stage_is_named_and_costs_nothing_else(tra
     assert finished_stages(recipe)["data"] == pointers["data"]
 
 
+@pytest.mark.exhaustive  # three runs
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_a_full_disk_is_named_and_the_run_goes_on_after_making_room(m1, trained, tmp_path):
     mounted = tmp_path / "small"
