@@ -1,6 +1,7 @@
 """CISPO, DAPO and GRPO from one SFT model (the controlled comparison of the paper's Fig. 2).
 
     python -m benchmarks.cispo_vs_dapo_vs_grpo --root FOLDER --json OUT [--seeds 1 2 3 4 5]
+                                               [--jobs 1] [--plot PNG]
 
 All arms share the SFT checkpoint of `laptop.toml`, its tasks, dynamic sampling, group-relative
 advantages, the token mean over the batch, 16 updates a generation batch and a constant learning
@@ -12,7 +13,8 @@ tasks come again after about 19 steps. Steps to the threshold: the first step at
 `WINDOW` steps reaches it; a run that never does counts as one step more than it had, which makes a
 slow arm look faster than it is. Intervals are Student's over seeds, 95%.
 
-A finished arm is kept in FOLDER and not repeated; one that was killed goes on.
+A finished arm is kept in FOLDER and not repeated; one that was killed goes on. `--jobs` runs that
+many at a time, each with the threads that OMP_NUM_THREADS gives.
 """
 
 import argparse
@@ -20,8 +22,11 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ RECIPE = Path(__file__).parents[1] / "pipelines/recipes/laptop.toml"
 ARMS = ("cispo", "dapo", "grpo")
 BASE = ("data", "pretrain", "sft")
 WINDOW = 3
+_REPORTING = threading.Lock()
 METRICS_SHOWN = (
     "accuracy",
     "clip_fraction",
@@ -241,7 +247,31 @@ def attempt(run: Run | None, options: argparse.Namespace) -> None:
     command += ["--one", "base"] if run is None else ["--one", run.arm, f"{run.lr}", f"{run.seed}"]
     print("run", run.name if run else "base", flush=True)
     subprocess.run(command, check=True)
-    report(options)
+    with _REPORTING:
+        report(options)
+
+
+def attempt_all(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Make runs, `--jobs` at a time."""
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(partial(attempt, options=options), runs))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Mean accuracy by step, with the range over seeds (Fig. 2's axes at our scale)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for arm in ARMS:
+        of_arm = [r["curves"]["accuracy"] for r in results["runs"] if r["arm"] == arm]
+        data = np.asarray(of_arm)
+        steps = np.arange(1, data.shape[1] + 1)
+        axes.plot(steps, data.mean(0), label=f"{arm}, lr {results['arms'][arm]['lr']:g}")
+        axes.fill_between(steps, data.min(0), data.max(0), alpha=0.2)
+    axes.set_xlabel("generation batches (16 updates each)")
+    axes.set_ylabel("accuracy of sampled completions")
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def main() -> None:
@@ -252,6 +282,8 @@ def main() -> None:
     parser.add_argument("--sweep-seed", type=int, default=101)
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
     parser.add_argument("--num-steps", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--threshold", type=float, default=0.55)
     parser.add_argument("--one", nargs="*", help="used by itself: one run in this process")
     options = parser.parse_args()
@@ -264,14 +296,16 @@ def main() -> None:
         return
     options.root.mkdir(parents=True, exist_ok=True)
     attempt(None, options)
-    for lr in options.rates:
-        for arm in ARMS:
-            attempt(Run(arm, lr, options.sweep_seed), options)
-    for seed in options.seeds:  # seed by seed, so that an unfinished comparison is balanced
-        for arm in ARMS:
-            swept = load(options, arm, options.rates, [options.sweep_seed])
-            attempt(Run(arm, best_rate(swept, options.threshold), seed), options)
+    attempt_all([Run(arm, lr, options.sweep_seed) for lr in options.rates for arm in ARMS], options)
+    rates = {
+        arm: best_rate(load(options, arm, options.rates, [options.sweep_seed]), options.threshold)
+        for arm in ARMS
+    }
+    # Seed by seed, so that an unfinished comparison is balanced.
+    attempt_all([Run(arm, rates[arm], seed) for seed in options.seeds for arm in ARMS], options)
     report(options)
+    if options.plot:
+        plot(json.loads(options.json.read_text()), options.plot)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Seconds of an RL step beside TRL's GRPOTrainer, from the same SFT model on the same cores.
 
     python -m benchmarks.rl_step --root FOLDER --json OUT [--rounds 3] [--threads 2]
+                                 [--recipe pipelines/recipes/one_gpu.toml]
 
-Both train `laptop.toml`'s SFT model, ours from its checkpoint, TRL's from the same weights exported
-for transformers, in FP32: 32 prompts of 8 completions of at most 32 tokens, two CISPO updates of
-128 completions, AdamW; no dynamic sampling, which TRL lacks; the same rewards in this process;
-no files, checkpoints or tracking inside what is timed. TRL generates with transformers in two
-batches of 128 and pads; gradient checkpointing, its default, is off, which is faster here.
+Both train the recipe's SFT model, ours from its checkpoint, TRL's from the same weights exported
+for transformers: the same prompts, group size, lengths and CISPO updates, AdamW; no dynamic
+sampling and no curriculum, which TRL lacks; the same rewards in this process; no files, checkpoints
+or tracking inside what is timed; both sample, then train. TRL generates with transformers, a batch
+of an update at a time, and pads; gradient checkpointing, its default, is off, which is faster.
+
+`laptop.toml`, the default: 32 prompts of 8 completions of at most 32 tokens, two updates, FP32 on
+the CPU. With a recipe in BF16 both run on the GPU; TRL's weights and optimizer are BF16 there, as
+its users have them, ours keep FP32 copies.
 Completions are sampled, so the two differ in tokens: tokens/s stands beside seconds.
 
 Rounds take turns, each in a process of its own, and the first step of a round is left out. TRL is
@@ -30,14 +35,14 @@ from typing import Any
 from benchmarks.machine import write
 from m1.config.layout import padded_vocab
 from m1.config.loading import load_recipe
-from m1.config.schema import Recipe, RlConfig
+from m1.config.schema import CurriculumConfig, Recipe, RlConfig
 from m1.data.tasks import read_tasks
 from m1.data.tokenizer import Tokenizer
 from m1.launch import run_stage
 from m1.rewards.rules import score
 from m1.stage import METRICS, read_metrics, stage_folder
 
-RECIPE = Path(__file__).parents[1] / "pipelines/recipes/laptop.toml"
+LAPTOP = Path(__file__).parents[1] / "pipelines/recipes/laptop.toml"
 BASE = ("data", "pretrain", "sft")
 PHASES = ("generate", "score", "old_logprobs", "update", "sync")
 OURS = {
@@ -49,11 +54,12 @@ OURS = {
 }
 
 
-def recipe_of(root: Path, *, seed: int, num_steps: int) -> Recipe:
-    """The laptop recipe with nothing in its RL that TRL lacks."""
+def recipe_of(options: argparse.Namespace, *, seed: int, num_steps: int) -> Recipe:
+    """The recipe with nothing in its RL that TRL lacks."""
     overrides = {
-        "storage.root": root,
+        "storage.root": options.root,
         "seed": seed,
+        "rl.rollout.mode": "sync",
         "rl.num_steps": num_steps,
         "rl.dynamic_sampling.enabled": "false",
         "rl.checkpoint_every_steps": 1000,
@@ -61,20 +67,25 @@ def recipe_of(root: Path, *, seed: int, num_steps: int) -> Recipe:
         "rl.traces.mlflow_every_steps": 0,
         "rl.repetition_stop.num_tokens": 3000,
     }
-    return load_recipe([RECIPE], overrides=[f"{k}={v}" for k, v in overrides.items()])
+    texts = [f"{k}={v}" for k, v in overrides.items()] + list(options.set)
+    recipe = load_recipe([options.recipe], overrides=texts)
+    assert recipe.rl is not None
+    plain = {"curriculum": CurriculumConfig()}
+    return recipe.model_copy(update={"rl": recipe.rl.model_copy(update=plain)})
 
 
-def base_outputs(root: Path) -> dict[str, Any]:
+def base_outputs(options: argparse.Namespace) -> dict[str, Any]:
     """Pointers of data, pretraining and SFT, which run where they are missing."""
-    recipe = load_recipe([RECIPE], overrides=[f"storage.root={root}"])
+    texts = [f"storage.root={options.root}", *options.set]
+    recipe = load_recipe([options.recipe], overrides=texts)
     return {stage: run_stage(stage, recipe) for stage in BASE}
 
 
 def measure_ours(options: argparse.Namespace) -> list[dict[str, float]]:
     """Steps of the RL stage, without the first; a step lasts from one log line to the next."""
-    recipe = recipe_of(options.root, seed=1000 + options.round, num_steps=options.steps + 1)
+    recipe = recipe_of(options, seed=1000 + options.round, num_steps=options.steps + 1)
     shutil.rmtree(stage_folder("rl", recipe), ignore_errors=True)  # of an earlier measurement
-    run_stage("rl", recipe, inputs=base_outputs(options.root))
+    run_stage("rl", recipe, inputs=base_outputs(options))
     rows = read_metrics(stage_folder("rl", recipe) / METRICS)
     found = []
     for before, row in pairwise(rows):
@@ -91,15 +102,15 @@ def completions_of(config: RlConfig | None) -> int:
     return config.prompts_per_step * config.group_size
 
 
-def export(root: Path, folder: Path) -> None:
+def export(options: argparse.Namespace, folder: Path) -> None:
     """The SFT model for transformers."""
     from m1.model import checkpoint
     from m1.model.build import build_model
     from m1.model.hf import export_hf
     from m1.model.parallel import initialize
 
-    recipe = recipe_of(root, seed=1, num_steps=1)
-    outputs = base_outputs(root)
+    recipe = recipe_of(options, seed=1, num_steps=1)
+    outputs = base_outputs(options)
     initialize(seed=1)
     files = Path(outputs["data"].uri) / "tokenizer"
     tokenizer = Tokenizer(files)
@@ -118,9 +129,10 @@ def measure_trl(options: argparse.Namespace) -> list[dict[str, float]]:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(options.threads)
-    recipe = recipe_of(options.root, seed=1, num_steps=1)
+    recipe = recipe_of(options, seed=1, num_steps=1)
     assert recipe.rl is not None
-    rl, data = recipe.rl, Path(base_outputs(options.root)["data"].uri)
+    rl, data = recipe.rl, Path(base_outputs(options)["data"].uri)
+    on_gpu = recipe.model.precision != "fp32"
     tokenizer = Tokenizer(data / "tokenizer")
     tasks = {task.task_id: task for task in read_tasks(data / "tasks" / "rl.jsonl")}
     seconds = dict.fromkeys(PHASES, 0.0)
@@ -169,8 +181,8 @@ def measure_trl(options: argparse.Namespace) -> list[dict[str, float]]:
     num_updates = rl.updates_per_step
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
         gradient_checkpointing=False,
         per_device_train_batch_size=completions_of(rl) // num_updates,
         steps_per_generation=num_updates,
@@ -197,9 +209,10 @@ def measure_trl(options: argparse.Namespace) -> list[dict[str, float]]:
         {"prompt": [{"role": "user", "content": t.prompt}], "task_id": t.task_id}
         for t in tasks.values()
     ]
-    folder = options.root / "hf"
+    folder = exported(options)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     trainer = Timed(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
         reward_funcs=reward,
         args=settings,
         train_dataset=Dataset.from_list(rows),
@@ -211,13 +224,17 @@ def measure_trl(options: argparse.Namespace) -> list[dict[str, float]]:
     return found[1:]
 
 
+def exported(options: argparse.Namespace) -> Path:
+    """Where the SFT model for transformers is."""
+    return Path(options.root) / f"hf-{options.recipe.stem}"
+
+
 def run_round(side: str, number: int, options: argparse.Namespace) -> list[dict[str, float]]:
     """One side's steps, in a process of its own with the threads that both get."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.json"
-        command = [sys.executable, "-m", "benchmarks.rl_step", "--root", str(options.root)]
+        command = [sys.executable, "-m", "benchmarks.rl_step", *sys.argv[1:]]
         command += ["--side", side, "--round", str(number), "--json", str(path)]
-        command += ["--steps", str(options.steps), "--threads", str(options.threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         found: list[dict[str, float]] = json.loads(path.read_text())
@@ -240,6 +257,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--recipe", type=Path, default=LAPTOP)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -247,14 +266,14 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=0, help="used by itself")
     options = parser.parse_args()
     if options.side == "base":
-        export(options.root, options.root / "hf")
+        export(options, exported(options))
         return
     if options.side:
         measured = measure_ours(options) if options.side == "m1" else measure_trl(options)
         options.json.write_text(json.dumps(measured))
         return
-    base = [sys.executable, "-m", "benchmarks.rl_step", "--root", str(options.root)]
-    subprocess.run([*base, "--side", "base"], check=True)
+    base = [sys.executable, "-m", "benchmarks.rl_step", *sys.argv[1:], "--side", "base"]
+    subprocess.run(base, check=True)
     steps: dict[str, list[dict[str, float]]] = {"m1": [], "trl": []}
     ratios, loads = [], []
     for number in range(options.rounds):
@@ -270,6 +289,7 @@ def main() -> None:
     write(
         options.json,
         {
+            "recipe": options.recipe.stem,
             "threads": options.threads,
             **results,
             "times_as_fast_by_round": ratios,

@@ -1,4 +1,4 @@
-"""`m1 convert`: a model between Hugging Face layouts and our checkpoints."""
+"""`m1 convert` and `m1 tokenizer`: other models and their tokenizers for our stages, and back."""
 
 import warnings
 from enum import StrEnum
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from m1.config.loading import load_recipe
+from m1.data.tokenizer import adopt_tokenizer
 from m1.model.hf.convert import convert as convert_model
 
 _GB = 10**9
@@ -52,3 +53,22 @@ def convert(
         max_shard_bytes=int(shard_gb * _GB),
     )
     typer.echo(f"wrote {target} ({written})")
+
+
+def tokenizer(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face fast tokenizer.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="THEIRS=OURS", help="A special token and what it becomes; repeat."),
+    ] = None,
+) -> None:
+    """Give another model's tokenizer the special tokens and the template of our chat format.
+
+    Its own special tokens are renamed, so that the model's embedding stays as it is.
+    """
+    pairs = [name.partition("=") for name in rename or []]
+    if wrong := [theirs for theirs, sign, ours in pairs if not (theirs and sign and ours)]:
+        raise typer.BadParameter(f"{' '.join(wrong)} must have the form THEIRS=OURS")
+    adopt_tokenizer(source, target, {theirs: ours for theirs, _, ours in pairs})
+    typer.echo(f"wrote {target}")

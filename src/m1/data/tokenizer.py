@@ -6,7 +6,7 @@ a special token from text: "<|end|>" in a document or a prompt is encoded as pla
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -81,6 +81,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    _write(folder, tokenizer.to_str(pretty=True))
+
+
+def _write(folder: Path, tokenizer_json: str) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -89,8 +93,64 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> N
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    atomic_write(folder / "tokenizer.json", tokenizer_json.encode())
     atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode())
+
+
+def adopt_tokenizer(source: Path, folder: Path, renames: Mapping[str, str]) -> None:
+    """Give another model's tokenizer the special tokens of our chat format, and our template.
+
+    Its own special tokens are renamed, so ids and the rows of the embedding stay what they are;
+    what a renamed token meant to the model, training has to change.
+
+    Args:
+        source: Folder of a Hugging Face fast tokenizer.
+        folder: Where the new one is written.
+        renames: Name of one of its special tokens to one of `SPECIAL_TOKENS`.
+
+    Raises:
+        M1Error: A name is not among its special tokens or ours, or one of ours is still missing.
+    """
+    data = json.loads(tokenizer_json(source).read_text(encoding="utf-8"))
+    added = {token["content"]: token for token in data["added_tokens"] if token["special"]}
+    unknown = [name for name in renames if name not in added]
+    foreign = [name for name in renames.values() if name not in SPECIAL_TOKENS]
+    kept = [name for name in SPECIAL_TOKENS if name in added and name not in renames]
+    have = [*kept, *renames.values()]
+    problems = []
+    if unknown:
+        problems.append(f"{' '.join(unknown)} cannot be renamed: no special tokens of it")
+    if foreign:
+        problems.append(f"{' '.join(foreign)} are no special tokens of ours")
+    if missing := [name for name in SPECIAL_TOKENS if name not in have]:
+        problems.append(f"{' '.join(missing)} would be missing; rename a token to each")
+    if twice := sorted({name for name in have if have.count(name) > 1}):
+        problems.append(f"{' '.join(twice)} would be there twice")
+    if problems:
+        free = [name for name in added if name not in renames and name not in kept]
+        problems.append(f"its special tokens are {' '.join(free) or 'all taken'}")
+        raise M1Error(f"the tokenizer in {source} cannot be adopted: " + "; ".join(problems))
+    vocabulary = data["model"]["vocab"]
+    for name, ours in renames.items():
+        added[name]["content"] = ours
+        if name in vocabulary:
+            vocabulary[ours] = vocabulary.pop(name)
+    _write(folder, json.dumps(data, ensure_ascii=False))
+    Tokenizer(folder)
+
+
+def tokenizer_json(folder: Path) -> Path:
+    """The file of a fast tokenizer.
+
+    Raises:
+        M1Error: The folder has none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise M1Error(
+            f"{folder} has no tokenizer.json; give the folder of a Hugging Face fast tokenizer"
+        )
+    return path
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -106,12 +166,8 @@ class Tokenizer:
     """Text to token ids and back; ids of the special tokens are attributes."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise M1Error(
-                f"{folder} has no tokenizer.json; give the folder of a Hugging Face fast tokenizer"
-            )
-        self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = tokenizer_json(folder).read_text(encoding="utf-8")
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # Despite its name the flag means: encode their spelling in text as plain characters.
         self._tokenizer.encode_special_tokens = True
         found = {token: self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
@@ -119,8 +175,8 @@ class Tokenizer:
         missing = [token for token in SPECIAL_TOKENS if token not in ids]
         if missing:
             raise M1Error(
-                f"the tokenizer in {folder} lacks {' '.join(missing)}; add them as special tokens "
-                "or leave out data.tokenizer.path to train one"
+                f"the tokenizer in {folder} lacks {' '.join(missing)}; rename special tokens of "
+                "it to these with `m1 tokenizer`, or leave out data.tokenizer.path to train one"
             )
         self._special = frozenset(ids.values())
         self.vocab_size: int = self._tokenizer.get_vocab_size()

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from m1.data.tokenizer import SPECIAL_TOKENS, Tokenizer, copy_tokenizer, train_tokenizer
+from m1.data.tokenizer import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    adopt_tokenizer,
+    copy_tokenizer,
+    train_tokenizer,
+)
 from m1.types import M1Error
 
 
@@ -112,7 +118,7 @@ def test_a_tokenizer_without_our_special_tokens_is_refused(tmp_path, tokenizer_f
         content["added_tokens"] = [row for row in content["added_tokens"] if row["id"] != 5]
         content["model"]["vocab"]["think"] = content["model"]["vocab"].pop("<think>")
 
-    with pytest.raises(M1Error, match="lacks <think>; add"):
+    with pytest.raises(M1Error, match="lacks <think>; rename"):
         Tokenizer(changed_tokenizer(tokenizer_folder, tmp_path, remove))
 
 
@@ -122,3 +128,54 @@ def test_a_tokenizer_that_text_could_inject_into_is_refused(tmp_path, tokenizer_
 
     with pytest.raises(M1Error, match=r"makes special tokens from text \(<\|end\|>\)"):
         Tokenizer(changed_tokenizer(tokenizer_folder, tmp_path, unmark))
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A tokenizer of another family: digits apart, seven special tokens of its own."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<unused{n}>" for n in range(7))]
+    made.train_from_iterator(["a plain text"], trainers.BpeTrainer(special_tokens=special))
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+RENAMES = {
+    "<|im_end|>": "<|end|>",
+    **{f"<unused{n}>": name for n, name in enumerate(SPECIAL_TOKENS[1:4])},
+    **{f"<unused{n + 3}>": name for n, name in enumerate(SPECIAL_TOKENS[5:])},
+}
+
+
+def test_an_adopted_tokenizer_keeps_its_ids_and_gets_our_names(foreign, tmp_path):
+    adopt_tokenizer(foreign, tmp_path / "ours", RENAMES)
+    before = AutoTokenizer.from_pretrained(foreign)
+    after = Tokenizer(tmp_path / "ours")
+    assert after.encode("a plain text") == before.encode("a plain text")
+    assert after.vocab_size == len(before)
+    assert after.end == before.convert_tokens_to_ids("<|im_end|>")
+    assert after.end_of_text == before.convert_tokens_to_ids("<|endoftext|>")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    turns = theirs.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert turns == "<|user|>a<|end|>"
+
+
+def test_renames_that_do_not_fit_are_refused_all_at_once(foreign, tmp_path):
+    renames = {**RENAMES, "<absent>": "<|pad|>", "<|im_start|>": "<|system|>"}
+    renames.pop("<unused6>")
+    with pytest.raises(M1Error) as caught:
+        adopt_tokenizer(foreign, tmp_path / "ours", renames)
+    message = str(caught.value)
+    assert "<absent> cannot be renamed" in message
+    assert "<|system|> are no special tokens of ours" in message
+    assert "</answer> would be missing" in message
+    assert "<|pad|> would be there twice" in message
+    assert "its special tokens are <unused6>" in message
+    assert not (tmp_path / "ours").exists()
