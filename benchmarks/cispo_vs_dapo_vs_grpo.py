@@ -38,6 +38,7 @@ from m1.config.loading import load_recipe
 from m1.config.schema import Recipe
 from m1.launch import run_stage
 from m1.stage import METRICS, read_metrics, stage_folder
+from m1.storage import atomic_write
 
 RECIPE = Path(__file__).parents[1] / "pipelines/recipes/laptop.toml"
 ARMS = ("cispo", "dapo", "grpo")
@@ -107,7 +108,7 @@ def make_run(run: Run, root: Path, num_steps: int) -> None:
     found = {"arm": run.arm, "lr": run.lr, "seed": run.seed, "curves": curves(rows)}
     path = curve_path(run, root, num_steps)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found) + "\n")
+    atomic_write(path, (json.dumps(found) + "\n").encode())  # another job may be reading
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:

@@ -212,7 +212,10 @@ def measure_trl(options: argparse.Namespace) -> list[dict[str, float]]:
     folder = exported(options)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     trainer = Timed(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        # SDPA refuses the mask that transformers makes for a hybrid on a GPU.
+        model=AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager" if on_gpu else "sdpa"
+        ),
         reward_funcs=reward,
         args=settings,
         train_dataset=Dataset.from_list(rows),

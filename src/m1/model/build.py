@@ -158,7 +158,8 @@ def build_model(
         from m1.model.experts import use_our_kernels
 
         use_our_kernels(built, is_fp8=model.precision == "fp8")
-    return built.cuda() if torch.cuda.is_available() else built
+    on_meta = any(parameter.is_meta for parameter in built.parameters())
+    return built.cuda() if torch.cuda.is_available() and not on_meta else built
 
 
 def _put_first(model: torch.nn.Module, name: str) -> None:
