@@ -6,13 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from m1.config.loading import (
-    ABSENT,
-    StageChange,
-    explain_diff,
     json_schema,
     load_recipe,
     recipe_json,
 )
+from m1.config.recipe_diff import ABSENT, StageChange, explain_diff
 
 app = typer.Typer(no_args_is_help=True, help="Show, compare and document recipes.")
 

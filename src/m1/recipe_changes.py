@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from m1.config.loading import RecipeError, StageChange, explain_diff, load_recipe
+from m1.config.loading import RecipeError, load_recipe
+from m1.config.recipe_diff import StageChange, explain_diff
 from m1.config.schema import Recipe
 from m1.config.stages import stage_kind, stages_of
 from m1.plan.report import Options, make_plan

@@ -9,10 +9,12 @@ import json
 import sys
 from pathlib import Path
 
+import gpu_workers
 import torch
 import torch.distributed as dist
+from gpu_workers import VOCAB
 
-from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
+from m1.config.schema import OptimizerConfig, ParallelConfig
 from m1.inference.core import EngineCore
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
@@ -20,18 +22,8 @@ from m1.model.parallel import initialize
 from m1.train.microbatch import MicroBatch
 from m1.train.trainer import Trainer
 
-VOCAB, NEW = 512, 60
-MODEL = ModelConfig(
-    num_layers=8,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rotary_dim=32,
-    moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=256, aux_loss_coefficient=0.0),
-    max_position=1024,
-    init_std=0.05,
-)
+NEW = 60
+MODEL = gpu_workers.MODEL.model_copy(update={"init_std": 0.05})
 
 
 def sample(model: torch.nn.Module, *, temperature: float) -> list:

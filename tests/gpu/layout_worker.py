@@ -11,24 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from gpu_workers import MODEL, VOCAB
 
-from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
+from m1.config.schema import OptimizerConfig, ParallelConfig
 from m1.model.parallel import initialize
 from m1.train.microbatch import MicroBatch
 from m1.train.trainer import Trainer, cross_entropy
 
-VOCAB, STEPS = 512, 20
-MODEL = ModelConfig(
-    num_layers=8,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rotary_dim=32,
-    moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=256, aux_loss_coefficient=0.0),
-    max_position=1024,
-    precision="bf16",
-)
+STEPS = 20
 
 
 def micro_batch(seed: int) -> MicroBatch:

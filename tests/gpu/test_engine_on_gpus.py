@@ -1,13 +1,14 @@
 """The engine over two GPUs: the same completions under every layout, and weights sent by NCCL."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from gpu_workers import run_worker
 
 LAYOUTS = {
     "tp2": {"tensor": 2},
@@ -17,29 +18,20 @@ LAYOUTS = {
 BROADCAST = Path(__file__).parents[1] / "unit/inference/broadcast_worker.py"
 
 
-def run(folder: Path, name: str, layout: dict, world: int) -> dict:
-    worker = Path(__file__).with_name("engine_layout_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(worker), str(folder), name, json.dumps(layout)]
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / f"{name}.json").read_text())
+run = partial(run_worker, "engine_layout_worker.py", timeout_seconds=200)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("engines")
-    return folder, run(folder, "one", {}, 1)
+    return folder, run(folder, "one", {}, world=1)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_gpus_sample_what_one_does(one, name):
     folder, alone = one
-    found = run(folder, name, LAYOUTS[name], 2)
+    found = run(folder, name, LAYOUTS[name], world=2)
     assert found["fp32"]["tokens"] == alone["fp32"]["tokens"]
     gap = max(
         abs(a - b)

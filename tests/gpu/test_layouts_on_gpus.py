@@ -1,12 +1,11 @@
 """On two GPUs no layout changes what is learned in BF16, and each reads the others' checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from gpu_workers import run_worker
 
 LAYOUTS = {
     "dp2": {"data": 2},
@@ -19,29 +18,20 @@ LAYOUTS = {
 }
 
 
-def run(folder: Path, name: str, given: dict | list, world: int) -> dict:
-    worker = Path(__file__).with_name("layout_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={world}", str(worker), str(folder), name, json.dumps(given)]
-    environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / f"{name}.json").read_text())
+run = partial(run_worker, "layout_worker.py", timeout_seconds=300)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("layouts")
-    return folder, run(folder, "one", {}, 1)
+    return folder, run(folder, "one", {}, world=1)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_learns_as_one_gpu_does(one, name):
     folder, expected = one
-    found = run(folder, name, LAYOUTS[name], 2)
+    found = run(folder, name, LAYOUTS[name], world=2)
     gap = max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True))
     print(f"{name}: {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}, largest gap {gap:.2e}")
     assert expected["losses"][-1] < 0.9 * expected["losses"][0]
@@ -54,7 +44,7 @@ def test_one_gpu_reads_what_every_layout_wrote(one):
     folder, _ = one
     written = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert set(LAYOUTS) <= set(written)
-    read = run(folder, "read", sorted(written), 1)
+    read = run(folder, "read", sorted(written), world=1)
     gaps = {name: abs(read[name] - found["own"]) for name, found in written.items()}
     print(gaps)
     assert max(gaps.values()) <= 1e-3

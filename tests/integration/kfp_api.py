@@ -11,12 +11,13 @@ import threading
 import uuid
 from datetime import UTC, datetime, timedelta
 from email import message_from_bytes
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import jsonschema
 import yaml
+from json_handler import JsonHandler
 
 PROJECT = Path(__file__).parents[2]
 SWAGGER = Path(
@@ -176,7 +177,7 @@ def _selected(items, query):
 
 
 def _handler(api):
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
@@ -187,7 +188,7 @@ def _handler(api):
 
         def _handle(self, method):
             parts = urlsplit(self.path)
-            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            raw = self._raw()
             operation, values = api.route(method, parts.path)
             if operation is None:
                 api.violations.append(f"{method} {parts.path} is no published endpoint")
@@ -245,17 +246,6 @@ def _handler(api):
                     return {"multi_user": False}
             api.violations.append(f"{name} is not expected of m1 submit")
             return 501, {"code": 12, "message": "not here"}
-
-        def _answer(self, status, body):
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
 
     return Handler
 

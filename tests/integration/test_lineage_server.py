@@ -20,9 +20,9 @@ from m1.tracking.lineage import (
     finish_pipeline,
     link_cached_stage,
     open_stage_run,
-    register_model,
     start_pipeline,
 )
+from m1.tracking.registration import register_model
 from m1.tracking.store import StoreAway, open_client
 from m1.types import Pointer
 

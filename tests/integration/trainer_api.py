@@ -7,7 +7,6 @@ autoscalers are kept, and become ready when told to.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -16,12 +15,13 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
 import yaml
+from json_handler import JsonHandler
 
 PROJECT = Path(__file__).parents[2]
 CRDS = Path(os.environ.get("M1_CRDS", PROJECT.parent / "shared" / "schemas" / "crds"))
@@ -185,7 +185,7 @@ def _end(pod):
 
 
 def _handler(api):
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
@@ -297,20 +297,6 @@ def _handler(api):
                 self._answer(api.trouble.pop(0), {"message": "trouble"})
                 return True
             return False
-
-        def _body(self):
-            return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-
-        def _answer(self, status, body):
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
 
     return Handler
 

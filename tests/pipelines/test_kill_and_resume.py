@@ -1,54 +1,25 @@
-"""kill -9 inside a stage, then the same command: the same weights as without the kill."""
+"""kill -9 inside a stage, then the same stage again: the same weights as without the kill."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from killing import ROOT, kill_stages  # beside this file
 
 from m1.config.loading import load_recipe
 from m1.launch import finished_stages
 from m1.types import Pointer
 
-ROOT = Path(__file__).parents[2]
 RECIPE = "tests/recipes/mini.toml"
-
-
-def command(stage: str, root: Path) -> list[str]:
-    program = "from m1.cli import main; main()"
-    return [sys.executable, "-c", program, "stage", stage, RECIPE, f"--set=storage.root={root}"]
-
-
-def finish(stage: str, root: Path) -> None:
-    subprocess.run(command(stage, root), cwd=ROOT, check=True, capture_output=True, timeout=600)
-
-
-def kill_after(stage: str, root: Path, is_due) -> None:
-    """Start the stage and kill it with SIGKILL as soon as `is_due(stage folder)`."""
-    process = subprocess.Popen(
-        command(stage, root), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 600
-    while not any(is_due(folder) for folder in root.glob(f"stages/{stage}-*")):
-        assert process.poll() is None, "the stage ended before it could be killed"
-        assert time.time() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def has_steps(count: int):
-    """True once the stage has logged `count` steps."""
-
-    def is_due(folder: Path) -> bool:
-        metrics = folder / "metrics.jsonl"
-        return metrics.exists() and metrics.read_text().count("\n") >= count
-
-    return is_due
+# Steps at the time of the kill lie before the first checkpoint, between two, and after the last.
+KILLS = {
+    "data": [{"file": "output/tasks"}],
+    "pretrain": [{"steps": 1}, {"steps": 3}, {"steps": 6}],
+    "sft": [{"steps": 15}],
+    "rl": [{"steps": 1}],
+    "evaluate": [{"file": "partial/*.jsonl"}],
+    "register": [{"file": "output/hf"}],
+}
 
 
 def pointer(root: Path, stage: str) -> Pointer:
@@ -74,25 +45,14 @@ def uninterrupted(first_run) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("interrupted")
+    """A run root in which every stage was killed and run again."""
+    root = tmp_path_factory.mktemp("interrupted")
+    kill_stages(root, [{"stage": s, "sets": [], "kills": kills} for s, kills in KILLS.items()])
+    return root
 
 
-# Steps at the time of the kill lie before the first checkpoint, between two, and after the last.
-@pytest.mark.parametrize(
-    ("stage", "kills"),
-    [
-        ("data", [lambda folder: (folder / "output" / "tasks").exists()]),
-        ("pretrain", [has_steps(1), has_steps(3), has_steps(6)]),
-        ("sft", [has_steps(15)]),
-        ("rl", [has_steps(1)]),
-        ("evaluate", [lambda folder: any((folder / "partial").glob("*.jsonl"))]),
-        ("register", [lambda folder: (folder / "output" / "hf").exists()]),
-    ],
-)
-def test_a_killed_stage_goes_on_to_the_same_result(stage, kills, interrupted, uninterrupted):
-    for is_due in kills:
-        kill_after(stage, interrupted, is_due)
-    finish(stage, interrupted)
+@pytest.mark.parametrize("stage", KILLS)
+def test_a_killed_stage_goes_on_to_the_same_result(stage, interrupted, uninterrupted):
     if stage in ("data", "evaluate", "register"):
         assert pointer(interrupted, stage).digest == pointer(uninterrupted, stage).digest
         return

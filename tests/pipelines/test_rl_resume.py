@@ -1,21 +1,18 @@
 """kill -9 of the rl stage in each of its phases."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from serving_policy import serve_policy  # beside this file
+from killing import kill_stages  # beside this file
+from serving_policy import serve_policy
 
 from m1.config.loading import load_recipe
 from m1.launch import finished_stages
 from m1.rollout.journal import Journal
 from m1.stage import read_metrics, stage_folder
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "tests/recipes/mini.toml"
+RECIPE = Path(__file__).parents[1] / "recipes/mini.toml"
 # Of three steps with a checkpoint after each: before the first, between two, and after the last.
 SYNC_KILLS = [
     ("sample", 0),
@@ -40,15 +37,11 @@ Kills = list[tuple[str, int]]
 
 def run_with_kills(root: Path, *stages: tuple[list[str], Kills]) -> list[Path]:
     """The folder of each stage after its kills and a last, undisturbed attempt."""
-    job = root / "job.json"
-    described = [{"sets": sets, "kills": kills} for sets, kills in stages]
-    job.write_text(json.dumps({"root": str(root), "stages": described}))
-    worker = Path(__file__).with_name("rl_kills.py")
-    command = [sys.executable, "-W", "ignore", str(worker), str(job)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    described = [
+        {"stage": "rl", "sets": sets, "kills": [{"phase": p, "step": n} for p, n in kills]}
+        for sets, kills in stages
+    ]
+    kill_stages(root, described)
     return [stage_folder("rl", recipe_of(root, *sets)) for sets, _ in stages]
 
 

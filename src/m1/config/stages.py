@@ -190,6 +190,7 @@ _NOT_COMPUTING = frozenset(
         "cli_sandbox_swe.py",
         "cli_cluster.py",
         "cli_ci.py",
+        "conclusion.py",
         "recipe_changes.py",
         "cli_services.py",
         "config",

@@ -12,7 +12,8 @@ from m1.model.build import build_model
 from m1.model.hf import export_hf, require_representable
 from m1.model.parallel import initialize
 from m1.stage import StageContext, StageOutput
-from m1.tracking.lineage import register_model, tracking_uri
+from m1.tracking.lineage import tracking_uri
+from m1.tracking.registration import register_model
 
 
 def register(context: StageContext, recipe: Recipe) -> StageOutput:

@@ -6,7 +6,6 @@ P pages of G tokens, n pages of a row.
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from m1.inference.steps import Prompts
 from m1_kernels.lightning_attention import lightning_attention_prefill, lightning_attention_step
@@ -134,6 +133,8 @@ def prefill_softmax(
     if start == 0:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     elif q.is_cuda:  # the flash kernels know this mask without making it
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second
+
         bias = causal_lower_right(q.shape[2], length)
         repeat = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))

@@ -42,10 +42,17 @@ def without_compilation() -> None:
     """Make torch.compile return its function, before megatron-core is imported.
 
     megatron's jit fuser decorates small functions with it, which imports inductor (two seconds)
-    and, at the first call, wants a C++ compiler. Does nothing where CUDA is available.
+    and, at the first call, wants a C++ compiler. Optimizers' methods are hidden from the compiler,
+    whose import at their first call takes one second (torch/_compile.py, `_disable_dynamo`). Does
+    nothing where CUDA is available.
     """
-    if not torch.cuda.is_available():
-        torch.compile = lambda model=None, **_: model if model is not None else lambda f: f  # type: ignore[assignment]
+    if torch.cuda.is_available():
+        return
+    torch.compile = lambda model=None, **_: model if model is not None else lambda f: f  # type: ignore[assignment]
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        hidden = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if hidden is not None:
+            hidden.__dynamo_disable = hidden
 
 
 def install() -> None:

@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from email.parser import Parser
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
-from pypi_simple import (
-    PYPI_SIMPLE_ENDPOINT,
-    DigestMismatchError,
-    DistributionPackage,
-    NoSuchProjectError,
-    PyPISimple,
-)
-from requests import RequestException
 
 from m1.types import M1Error
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage, PyPISimple
 
 _MAX_ARCHIVE_BYTES = 64 << 20
 _MAX_FILES = 20_000
@@ -80,14 +76,14 @@ class PackageIndex:
     """The index that pip uses, and a folder of downloaded archives."""
 
     def __init__(self, folder: Path, *, url: str | None = None) -> None:
-        """Connect lazily.
+        """Connect lazily, and only then import pypi_simple, which takes half a second.
 
         Args:
             folder: Where archives are kept.
             url: Simple index; absent: pip's setting, or the public one.
         """
         self._folder = folder
-        self._url = url or _pip_index() or PYPI_SIMPLE_ENDPOINT
+        self._url = url or _pip_index()
         self._listed: dict[str, dict[str, DistributionPackage]] = {}
 
     def versions(self, package: str) -> list[str]:
@@ -145,10 +141,13 @@ class PackageIndex:
                 return path
         return None
 
-    def _list(self, package: str) -> dict[str, DistributionPackage]:
+    def _list(self, package: str) -> dict[str, "DistributionPackage"]:
+        from pypi_simple import NoSuchProjectError
+        from requests import RequestException
+
         if package not in self._listed:
             try:
-                with PyPISimple(self._url) as client:
+                with self._client() as client:
                     page = client.get_project_page(package, timeout=_TIMEOUT_SECONDS)
             except NoSuchProjectError:
                 raise ReleaseError(
@@ -163,11 +162,19 @@ class PackageIndex:
             }
         return self._listed[package]
 
-    def _download(self, listed: DistributionPackage, path: Path) -> None:
+    def _client(self) -> "PyPISimple":
+        from pypi_simple import PYPI_SIMPLE_ENDPOINT, PyPISimple
+
+        return PyPISimple(self._url or PYPI_SIMPLE_ENDPOINT)
+
+    def _download(self, listed: "DistributionPackage", path: Path) -> None:
+        from pypi_simple import DigestMismatchError
+        from requests import RequestException
+
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            with PyPISimple(self._url) as client:
+            with self._client() as client:
                 client.download_package(listed, part, timeout=_TIMEOUT_SECONDS)
         except DigestMismatchError as error:
             raise ReleaseError(f"{listed.filename} was altered on the way: {error}") from error

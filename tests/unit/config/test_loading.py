@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 
 from m1.config.loading import (
-    ABSENT,
-    FieldChange,
     RecipeError,
-    StageChange,
-    explain_diff,
     json_schema,
     load_recipe,
     recipe_json,
 )
+from m1.config.recipe_diff import ABSENT, FieldChange, StageChange, explain_diff
 from m1.config.schema import Recipe
 from m1.config.stages import STAGES
 from m1.types import M1Error

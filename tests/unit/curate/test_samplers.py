@@ -3,11 +3,12 @@
 import json
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
+from json_handler import JsonHandler
 
 from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
 from m1.curate.calibration import CalibrateConfig, draw_puzzles
@@ -216,23 +217,16 @@ def endpoint():
     """A chat endpoint that refuses long prompts and otherwise answers 14 to every second seed."""
     bodies = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self._body()
             bodies.append((self.path, body))
             prompt = body["messages"][0]["content"]
             status, reply = 200, {"message": {"content": "14" if body["seed"] % 2 else "15"}}
             data = {"choices": [reply]}
             if len(prompt) > 1000 or body["model"] != "known":
                 status, data = 400, {"error": {"message": "too long, or who?"}}
-            content = json.dumps(data).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
+            self._answer(status, data)
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)

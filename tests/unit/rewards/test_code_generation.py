@@ -1,8 +1,8 @@
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import pytest
+from json_handler import JsonHandler
 
 from m1.rewards.code.chat_model import Message, OpenAIChat
 from m1.rewards.code.generation import (
@@ -50,21 +50,15 @@ def reply(brute=BRUTE, **others):
     return "Here they are.\n" + "\n".join(blocks)
 
 
-class Endpoint(BaseHTTPRequestHandler):
+class Endpoint(JsonHandler):
     """An OpenAI-compatible server that says what its script says."""
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self._body()
         self.server.requests.append(body)
         status, content = self.server.script.pop(0)
         answer = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-        data = json.dumps(answer if status == 200 else {"error": content}).encode()
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        """Say nothing."""
+        self._answer(status, answer if status == 200 else {"error": content})
 
 
 @pytest.fixture

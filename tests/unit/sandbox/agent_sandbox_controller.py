@@ -6,14 +6,14 @@ here, held to the published schema with unknown fields refused; its CEL rules ar
 pods that the controller makes are real.
 """
 
-import json
 import threading
 import time
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
+from json_handler import JsonHandler
 from published_schemas import schema_of
 
 
@@ -80,7 +80,7 @@ def _notes(pod):
 
 
 def _handler(controller):
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
             body = self._body()
             try:
@@ -125,19 +125,5 @@ def _handler(controller):
         def _name(self):
             parts = urlsplit(self.path).path.split("/")
             return parts[7] if len(parts) > 7 else ""
-
-        def _body(self):
-            return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-
-        def _answer(self, status, body):
-            data = json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
 
     return Handler

@@ -11,10 +11,10 @@ from m1.tracking.lineage import (
     lineage_page,
     link_cached_stage,
     open_stage_run,
-    register_model,
     start_pipeline,
     tracking_uri,
 )
+from m1.tracking.registration import register_model
 from m1.tracking.store import open_client
 from m1.types import M1Error, Pointer
 
