@@ -41,7 +41,9 @@ class Switch:
 
     def cut(self):
         self.is_off = True
-        self.engine._http._client = httpx.Client(base_url="http://127.0.0.1:9")
+        http = self.engine._http
+        http.close()
+        http._make = lambda: httpx.Client(base_url="http://127.0.0.1:9")
 
     def close(self):
         pass

@@ -3,8 +3,11 @@
 Both are `m1.inference.engine.Engine`s, so whoever samples does not know where.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -33,24 +36,45 @@ class _Http:
         self, url: str, *, token: str | None, timeout_seconds: float, patience_seconds: float
     ) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        limits = httpx.Limits(max_connections=None)
-        self._client = httpx.Client(
-            base_url=url.rstrip("/"), headers=headers, timeout=timeout_seconds, limits=limits
+        self._make = partial(
+            httpx.Client,
+            base_url=url.rstrip("/"),
+            headers=headers,
+            timeout=timeout_seconds,
+            verify=httpx.create_ssl_context(),
         )
+        # One client a thread at a time: a shared one looks through all of its connections at every
+        # request and answer, which for hundreds of them costs more than the requests.
+        self._idle: deque[httpx.Client] = deque()
         self.url, self._patience_seconds = url, patience_seconds
 
     def get(self, path: str) -> Any:
-        return self._retried(lambda: self._client.get(path))
+        return self._retried(lambda client: client.get(path))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._retried(lambda: self._client.post(path, json=body))
+        return self._retried(lambda client: client.post(path, json=body))
 
     def close(self) -> None:
-        self._client.close()
+        while self._idle:
+            self._idle.pop().close()
 
-    def _retried(self, call: Callable[[], httpx.Response]) -> Any:
+    @contextmanager
+    def _borrowed(self) -> Iterator[httpx.Client]:
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            client = self._make()
+        try:
+            yield client
+        except BaseException:
+            client.close()
+            raise
+        self._idle.append(client)
+
+    def _retried(self, call: Callable[[httpx.Client], httpx.Response]) -> Any:
         def once() -> httpx.Response:
-            response = call()
+            with self._borrowed() as client:
+                response = call(client)
             if response.status_code in _TRANSIENT:
                 response.raise_for_status()
             return response

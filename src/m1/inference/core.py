@@ -26,6 +26,7 @@ from m1.inference.stopping import StopText, reason_to_stop
 from m1.types import M1Error
 
 OnToken = Callable[[TokenOutput], None]
+OnEnd = Callable[[Sequence], None]
 
 
 class EngineCore:
@@ -85,6 +86,7 @@ class EngineCore:
         seeds: tuple[int, ...],
         *,
         on_token: OnToken | None = None,
+        on_end: OnEnd | None = None,
     ) -> list[Sequence]:
         """Queue one prompt and a completion for each seed.
 
@@ -93,6 +95,7 @@ class EngineCore:
             params: Of all its completions.
             seeds: One each.
             on_token: Called with every token of every completion.
+            on_end: Called with every completion that ends of itself.
 
         Raises:
             M1Error: The prompt is empty, has ids that are no tokens, or does not fit.
@@ -109,6 +112,7 @@ class EngineCore:
                 params=params,
                 random=RandomStream(seed),
                 on_token=on_token,
+                on_end=on_end,
                 detokenizer=StopText(self.tokenizer, stops) if stops else None,
             )
             for number, seed in enumerate(seeds)
@@ -278,6 +282,8 @@ class EngineCore:
                 finished.append(sequence)
             if sequence.on_token is not None:
                 sequence.on_token(sequence.newest(tops[row] if tops else ()))
+            if reason is not None and sequence.on_end is not None:
+                sequence.on_end(sequence)
         self.num_sampled += len(members)
         return finished
 

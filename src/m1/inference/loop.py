@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from m1.inference.core import EngineCore, OnToken
+from m1.inference.core import EngineCore, OnEnd, OnToken
 from m1.inference.engine import require_newer
 from m1.inference.params import SamplingParams
 from m1.inference.sequences import Sequence
@@ -43,6 +43,7 @@ class _Command:
     arguments: tuple[Any, ...] = ()
     future: "Future[Any] | None" = field(default=None, repr=False)
     on_token: OnToken | None = field(default=None, repr=False)
+    on_end: OnEnd | None = field(default=None, repr=False)
 
 
 class EngineLoop:
@@ -96,7 +97,8 @@ class EngineLoop:
         params: SamplingParams,
         seeds: tuple[int, ...],
         *,
-        on_token: OnToken,
+        on_token: OnToken | None = None,
+        on_end: OnEnd | None = None,
     ) -> tuple[int, "Future[Any]"]:
         """Queue a request.
 
@@ -104,7 +106,8 @@ class EngineLoop:
             prompt: Token ids.
             params: Sampling.
             seeds: One for each completion.
-            on_token: Called in the engine's thread.
+            on_token: Called in the engine's thread with every token.
+            on_end: Called there with every completion that ends of itself.
 
         Returns:
             A key for `cancel`, and a future that is done when the request is accepted; it has the
@@ -123,7 +126,7 @@ class EngineLoop:
             self.num_pending += len(seeds)
             self._count += 1
             key = self._count
-        command = _Command("add", key, (prompt, params, seeds), Future(), on_token)
+        command = _Command("add", key, (prompt, params, seeds), Future(), on_token, on_end)
         self._commands.put(command)
         assert command.future is not None
         return key, command.future
@@ -205,7 +208,9 @@ class EngineLoop:
     def _do(self, command: _Command) -> None:
         if command.kind == "add":
             prompt, params, seeds = command.arguments
-            added = self.core.add(prompt, params, seeds, on_token=command.on_token)
+            added = self.core.add(
+                prompt, params, seeds, on_token=command.on_token, on_end=command.on_end
+            )
             self._sequences[command.key] = added
             self._key_of[added[0].order[0]] = command.key
         elif command.kind == "cancel":

@@ -24,6 +24,7 @@ class Sequence:
     params: SamplingParams
     random: RandomStream
     on_token: Callable[[TokenOutput], None] | None = None
+    on_end: "Callable[[Sequence], None] | None" = None
     detokenizer: Any = None
     """`m1.inference.stopping.StopText`, where there are stop strings."""
     tokens: list[int] = field(default_factory=list)

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -31,6 +32,8 @@ from m1.inference.server.schemas import (
 )
 from m1.inference.text import TextTokenizer
 from m1.types import M1Error
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Handlers:
         form = self._format(body, prompts, is_chat=True, logprobs=logprobs)
         return await self._answer(request, body, prompts, params, form, has_tools=bool(tools))
 
-    async def generate(self, request: Request, body: GenerateRequest) -> dict[str, Any]:
+    async def generate(self, request: Request, body: GenerateRequest) -> Response:
         """POST /generate."""
         params = SamplingParams(
             max_new_tokens=body.max_new_tokens,
@@ -162,21 +165,20 @@ class Handlers:
             ),
         )
         running = self._running([tuple(body.prompt_tokens)], params, [tuple(body.seeds)])
-        choices = await _collect(request, running, len(body.seeds))
-        return {
-            "completions": [
-                {
-                    "tokens": [x.token for x in choice.outputs],
-                    "logprobs": [x.logprob for x in choice.outputs],
-                    "sampling_logprobs": [x.sampling_logprob for x in choice.outputs],
-                    "entropies": [x.entropy for x in choice.outputs],
-                    "policy_versions": [x.policy_version for x in choice.outputs],
-                    "finish_reason": choice.outputs[-1].finish_reason,
-                    "routed_experts": choice.outputs[-1].routed_experts,
-                }
-                for choice in choices
-            ]
-        }
+        await running.submit(whole=True)
+        completions = [
+            {
+                "tokens": sequence.tokens,
+                "logprobs": sequence.logprobs,
+                "sampling_logprobs": sequence.sampling_logprobs,
+                "entropies": sequence.entropies,
+                "policy_versions": sequence.versions,
+                "finish_reason": sequence.finish_reason,
+                "routed_experts": sequence.routed_experts and asdict(sequence.routed_experts),
+            }
+            for sequence in await _unless_gone(request, running.ended())
+        ]
+        return JSONResponse({"completions": completions})
 
     async def weights(self, body: WeightsRequest) -> dict[str, Any]:
         """POST /weights: answers when the engine samples from the new ones."""
@@ -197,7 +199,8 @@ class Handlers:
     ) -> Response:
         running = self._running(prompts, params, seeds_for(body.seed, len(prompts), body.n))
         if not body.stream:
-            choices = await _collect(request, running, len(prompts) * body.n)
+            await running.submit()
+            choices = await _unless_gone(request, _collect(running, len(prompts) * body.n))
             return JSONResponse(whole(choices, form, has_tools=has_tools))
         await running.submit()
         with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -268,22 +271,23 @@ class Handlers:
         )
 
 
-async def _collect(request: Request, running: Running, count: int) -> list[Choice]:
-    """All completions, unless the client leaves first."""
-    await running.submit()
+async def _collect(running: Running, count: int) -> list[Choice]:
+    """All completions of a request, with their texts."""
+    choices = [Choice() for _ in range(count)]
+    async with aclosing(running.pieces()) as pieces:
+        async for piece in pieces:
+            choices[piece.index].add(piece)
+    return choices
 
-    async def work() -> list[Choice]:
-        choices = [Choice() for _ in range(count)]
-        async with aclosing(running.pieces()) as pieces:
-            async for piece in pieces:
-                choices[piece.index].add(piece)
-        return choices
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work results in, unless the client leaves first, which cancels it."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.create_task(work()), asyncio.create_task(gone())
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
     await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
     leaving.cancel()
     if not working.done():

@@ -1,4 +1,4 @@
-"""One request on its way through the engine: tokens as they come, with text cut at stop strings."""
+"""One request on its way through the engine: tokens as they come, or completions when they end."""
 
 import asyncio
 import contextlib
@@ -7,9 +7,11 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from typing import Any
 
 from m1.inference.loop import EngineLoop
 from m1.inference.params import SamplingParams, TokenOutput
+from m1.inference.sequences import Sequence
 from m1.inference.server.metrics import Metrics
 from m1.inference.text import TextStream, TextTokenizer
 
@@ -55,24 +57,25 @@ class _Writer:
         return longest
 
 
-Arrived = asyncio.Queue[tuple[int, TokenOutput]]
-"""Number of the prompt, and a token of one of its completions."""
+Arrived = asyncio.Queue[tuple[int, Any]]
+"""Number of the prompt; and of one of its completions a token (`TokenOutput`), or the whole
+(`Sequence`)."""
 
 
 class Outbox:
-    """Tokens on their way from the engine's thread to the server's, which wakes once a step."""
+    """What the engine's thread has for the server's, which wakes once a step at most."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Arrived, tuple[int, TokenOutput]]] = []
+        self._waiting: list[tuple[Arrived, tuple[int, Any]]] = []
         self._events: asyncio.AbstractEventLoop | None = None
 
     def open(self) -> None:
         """Deliver to the event loop that this is called in."""
         self._events = asyncio.get_running_loop()
 
-    def put(self, target: Arrived, number: int, output: TokenOutput) -> None:
+    def put(self, target: Arrived, number: int, item: Any) -> None:
         """Called in the engine's thread."""
-        self._waiting.append((target, (number, output)))
+        self._waiting.append((target, (number, item)))
 
     def flush(self) -> None:
         """Called in the engine's thread after a step."""
@@ -82,7 +85,7 @@ class Outbox:
                 self._events.call_soon_threadsafe(_deliver, sent)
 
 
-def _deliver(sent: list[tuple[Arrived, tuple[int, TokenOutput]]]) -> None:
+def _deliver(sent: list[tuple[Arrived, tuple[int, Any]]]) -> None:
     for target, item in sent:
         target.put_nowait(item)
 
@@ -104,8 +107,12 @@ class Running:
     arrived: Arrived = field(default_factory=asyncio.Queue)
     started: float = field(default_factory=time.monotonic)
 
-    async def submit(self) -> None:
+    async def submit(self, *, whole: bool = False) -> None:
         """Hand the request to the engine.
+
+        Args:
+            whole: Whether completions are wanted when they have ended, by `ended`, and not token
+                by token, by `pieces`; that costs the server next to nothing for a token.
 
         Raises:
             M1Error: A prompt is refused.
@@ -116,10 +123,11 @@ class Running:
         try:
             for number, (prompt, seeds) in enumerate(zip(self.prompts, self.seeds, strict=True)):
 
-                def on_token(output: TokenOutput, number: int = number) -> None:
-                    self.outbox.put(self.arrived, number, output)
+                def send(item: TokenOutput | Sequence, number: int = number) -> None:
+                    self.outbox.put(self.arrived, number, item)
 
-                key, future = self.loop.submit(prompt, self.params, seeds, on_token=on_token)
+                listener: Any = {"on_end" if whole else "on_token": send}
+                key, future = self.loop.submit(prompt, self.params, seeds, **listener)
                 self.keys.append(key)
                 accepted.append(asyncio.wrap_future(future))
             await asyncio.gather(*accepted)
@@ -161,7 +169,28 @@ class Running:
             if num_open:
                 self.cancel()
 
-    async def _next(self) -> tuple[int, TokenOutput]:
+    async def ended(self) -> list[Sequence]:
+        """Every completion, in order of prompts and seeds; leaving early cancels what is left.
+
+        Raises:
+            TimeoutError: It took too long.
+        """
+        count = len(self.seeds[0])
+        found: dict[int, Sequence] = {}
+        num_wanted = sum(len(seeds) for seeds in self.seeds)
+        try:
+            while len(found) < num_wanted:
+                number, sequence = await self._next()
+                found[number * count + sequence.order[1]] = sequence
+                self.metrics.completion_tokens.inc(len(sequence.tokens))
+                self.metrics.finished.labels(sequence.finish_reason).inc()
+            self.metrics.latency.observe(time.monotonic() - self.started)
+        finally:
+            if len(found) < num_wanted:
+                self.cancel()
+        return [found[index] for index in range(num_wanted)]
+
+    async def _next(self) -> tuple[int, Any]:
         while True:
             left = self.started + self.timeout_seconds - time.monotonic()
             if left <= 0:
