@@ -1,31 +1,46 @@
 """pytest in a process of its own, beside code that nobody trusts, and what watches that code."""
 
+import gc
 import json
 import os
 import sys
 import types
+from operator import is_
 
 from m1.swe.inside.trees import is_test
 
 _CHANGED_BY_PYTEST = frozenset({"_pytest.config.Config._getini_unknown_type"})  # its legacypath
 
 
-def run_pytest(job, descriptor, done):
-    """Run pytest on the job's files, without tests that have a result; never returns."""
-    paths = [os.path.abspath(p) for p in job["python_path"]]
-    sys.path[:] = [*sys.path, job["site"], *paths]
-    os.environ["PYTHONPATH"] = os.pathsep.join([job["site"], *paths])
+def load_pytest(job):
+    """Import what pytest needs, while the tree is not yet to be seen."""
+    gc.disable()  # nothing of this is garbage, and looking takes a tenth of the time
+    sys.path[:] = [*sys.path, job["site"]]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = True
-    for name in [n for n in sys.modules if n == "m1" or n.startswith("m1.")]:
-        del sys.modules[name]  # ours: no test finds them by name
-    import builtins
     import site
     import unittest  # noqa: F401  loaded before the tree's code, so that `watch` knows it
 
+    import pytest  # noqa: F401
+
+    if job["clock"] is not None:
+        import time_machine  # noqa: F401
+    site.setquit()
+    gc.freeze()
+    gc.enable()
+
+
+def run_pytest(job, descriptor, done):
+    """Run pytest on the job's files, without tests that have a result; never returns."""
+    import builtins
+
     import pytest
 
-    site.setquit()
+    paths = [os.path.abspath(p) for p in job["python_path"]]
+    sys.path[:] = [*sys.path, *paths]
+    os.environ["PYTHONPATH"] = os.pathsep.join([job["site"], *paths])
+    for name in [n for n in sys.modules if n == "m1" or n.startswith("m1.")]:
+        del sys.modules[name]  # ours: no test finds them by name
     if job["clock"] is not None:
         import time_machine
 
@@ -113,6 +128,9 @@ _DIRECT = frozenset({"sys._getframe", "object.__getattr__", "code.__new__"})
 _ATTRIBUTES = frozenset({"object.__getattr__", "object.__setattr__"})
 
 
+_HEARD = frozenset({"open", "compile"}) | _ATTRIBUTES | _PEEKING
+
+
 def sentry(job, send):
     """An audit hook, which nothing can remove: tells when code under test looks at the tests.
 
@@ -144,7 +162,7 @@ def sentry(job, send):
         return "a thread"
 
     def hook(event, arguments):
-        if busy[0]:
+        if event not in _HEARD or busy[0]:
             return
         is_reading = event == "open" or event == "compile"
         is_code = event in _ATTRIBUTES and arguments[1] == "__code__"
@@ -176,7 +194,9 @@ class watch:
 
     def __init__(self, builtins):
         self.found = set()
-        self.kept = [("builtins.", vars(builtins), list(vars(builtins).items()))]
+        self.kept = []
+        self.all, self.map, self.is_ = builtins.all, builtins.map, is_  # as they are now
+        self._add("builtins.", vars(builtins), list(vars(builtins).items()))
         tops = ("pytest", "_pytest", "pluggy", "unittest")
         for label, module in sorted(sys.modules.items()):
             if label.split(".")[0] in tops and module is not None:
@@ -192,11 +212,18 @@ class watch:
                 known.append((name, thing))
                 if not isinstance(owner, type):
                     self._keep(label + "." + name, thing, module)
-        self.kept.append((label + ".", vars(owner), known))
+        self._add(label + ".", vars(owner), known)
+
+    def _add(self, label, now, known):
+        known = [(n, t) for n, t in known if label + n not in _CHANGED_BY_PYTEST]
+        names, things = [n for n, _ in known], [t for _, t in known]
+        self.kept.append((label, now.get, names, things, known))
 
     def look(self):
-        """Compare once more."""
-        for label, now, known in self.kept:
-            for name, thing in known:
-                if now.get(name) is not thing and label + name not in _CHANGED_BY_PYTEST:
-                    self.found.add(label + name)
+        """Compare once more: by identity, as the things' own idea of equality may lie."""
+        every, each, same = self.all, self.map, self.is_
+        for label, get, names, things, known in self.kept:
+            if not every(each(same, each(get, names), things)):
+                for name, thing in known:  # no builtin from here on, as it may be another by now
+                    if get(name) is not thing:
+                        self.found.add(label + name)
