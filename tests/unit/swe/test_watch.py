@@ -25,9 +25,9 @@ def test_nothing_is_found_where_nothing_changed():
 
 def test_a_replacement_that_claims_to_be_equal_is_found(monkeypatch):
     changes = watch(builtins)
-    monkeypatch.setattr(TestReport, "_from_json", Equal())
+    monkeypatch.setattr(TestReport, "from_item_and_call", Equal())
     changes.look()
-    assert changes.found == {"_pytest.reports.TestReport._from_json"}
+    assert changes.found == {"_pytest.reports.TestReport.from_item_and_call"}
 
 
 def test_a_replacement_beside_replaced_builtins_is_found(monkeypatch):
@@ -35,7 +35,7 @@ def test_a_replacement_beside_replaced_builtins_is_found(monkeypatch):
     with monkeypatch.context() as patched:
         for name in ("all", "map", "zip", "id", "vars", "getattr"):
             patched.setattr(builtins, name, lambda *_: True)
-        patched.delattr(TestReport, "_to_json")
+        patched.delattr(TestReport, "__repr__")
         changes.look()
     names = {f"builtins.{n}" for n in ("all", "map", "zip", "id", "vars", "getattr")}
-    assert changes.found == {*names, "_pytest.reports.TestReport._to_json"}
+    assert changes.found == {*names, "_pytest.reports.TestReport.__repr__"}
