@@ -25,8 +25,9 @@ def test_nothing_is_found_where_nothing_changed():
 
 def test_a_replacement_that_claims_to_be_equal_is_found(monkeypatch):
     changes = watch(builtins)
-    monkeypatch.setattr(TestReport, "from_item_and_call", Equal())
-    changes.look()
+    with monkeypatch.context() as patched:
+        patched.setattr(TestReport, "from_item_and_call", Equal())
+        changes.look()
     assert changes.found == {"_pytest.reports.TestReport.from_item_and_call"}
 
 
