@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Runs = Annotated[int, typer.Option(min=1, help="Runs of base and of gold, each in a new sandbox.")]
 Parallel = Annotated[int, typer.Option(min=1, help="Instances worked on at once.")]
-TestSeconds = Annotated[float, typer.Option(help="After which a single test is killed.")]
+TestSeconds = Annotated[float, typer.Option(min=0.1, help="After which a single test is killed.")]
 Find = Annotated[
     list[str] | None,
     typer.Option(help="Also try neighbouring releases of this package; may be repeated."),
@@ -76,6 +76,12 @@ def build(
         console.print(f"{name}: {what}", markup=False, highlight=False, soft_wrap=True)
 
     rows = building.read_rows(pairs)
+    if not (rows or find or mutants):
+        raise M1Error(
+            f"{pairs} holds no row, so there is nothing to build; add pairs such as "
+            '{"package": "parse", "base_version": "1.20.0", "fix_version": "1.20.1"}, '
+            "or give --find or --mutants"
+        )
     search = finding.Search(
         packages=tuple(find or ()),
         max_pairs=max_pairs,
