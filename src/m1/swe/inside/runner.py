@@ -54,6 +54,8 @@ def supervise(job, result, child):
         victim = attempt["interrupted"]
         if attempt["is_complete"] or victim is None or time.monotonic() > deadline:
             return
+        if not attempt["stopped_by"] and attempt["status"] < 128:
+            return  # left by itself: no crash, and a fresh process must not gain by it
         reason = "timeout" if attempt["stopped_by"] else "crash"
         result["tests"][victim]["outcome"] = reason
         done = [i for i, t in result["tests"].items() if t["outcome"] != "running"]
