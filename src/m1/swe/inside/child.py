@@ -1,9 +1,12 @@
 """pytest in a process of its own, beside code that nobody trusts, and what watches that code."""
 
+import collections
+import contextlib
 import gc
 import json
 import os
 import sys
+import time
 import types
 from operator import is_
 
@@ -45,14 +48,8 @@ def run_pytest(job, descriptor, done):
         import time_machine
 
         time_machine.travel(job["clock"], tick=True).start()
-    write, dumps, leave = os.write, json.dumps, os._exit
-
-    def send(**record):
-        data = dumps(record).encode("utf-8", "backslashreplace") + b"\n"
-        while data:
-            data = data[write(descriptor, data) :]
-
-    setattr(builtins, job["function"], lambda secret: send(k="proof", secret=secret))
+    leave, (keep, send) = os._exit, _channel(descriptor)
+    setattr(builtins, job["function"], lambda secret: keep(k="proof", secret=secret))
     changes = watch(builtins)
     sys.addaudithook(sentry(job, send))
     arguments = [
@@ -63,13 +60,36 @@ def run_pytest(job, descriptor, done):
         *job["files"],
     ]
     only = set(job["only"]) if job["only"] is not None else None
-    code = int(pytest.main(arguments, plugins=[reporter(pytest, send, changes, only, done)]))
+    tell = reporter(pytest, keep, send, changes, only, done)
+    code = int(pytest.main(arguments, plugins=[tell]))
     changes.look()
     send(k="end", rc=code, changed=sorted(changes.found))
     leave(code)
 
 
-def reporter(pytest, send, changes, only, done):
+def _channel(descriptor):
+    """To keep a record for later, and to send one after all that were kept, in one write."""
+    write, dumps = os.write, json.dumps
+    kept: collections.deque[str] = collections.deque()
+    add, take = kept.append, kept.popleft
+
+    def keep(**record):
+        add(dumps(record))
+
+    def send(**record):
+        add(dumps(record))
+        texts = []
+        with contextlib.suppress(IndexError):  # threads may be at it too
+            while True:
+                texts.append(take() + "\n")
+        data = "".join(texts).encode("utf-8", "backslashreplace")
+        while data:
+            data = data[write(descriptor, data) :]
+
+    return keep, send
+
+
+def reporter(pytest, keep, send, changes, only, done):
     """A plugin that tells the supervisor what pytest sees."""
 
     class Reporter:
@@ -94,12 +114,16 @@ def reporter(pytest, send, changes, only, done):
             if outcome != "failed" and hasattr(report, "context"):
                 return  # of a subtest: the test itself still goes on
             message = _text(report) if outcome != "passed" else ""
-            send(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
+            keep(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
 
         @pytest.hookimpl(trylast=True)
         def pytest_runtest_logfinish(self, nodeid, location):
-            changes.look()
-            send(k="finish", id=nodeid)
+            changes.look_again()
+            keep(k="finish", id=nodeid)
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_sessionfinish(self, session):
+            send(k="last")  # what comes now is no test's
 
     return Reporter()
 
@@ -188,14 +212,18 @@ def sentry(job, send):
 class watch:
     """Whether functions of pytest, unittest and builtins are still what they were at first.
 
-    Their code cannot be exchanged unseen either: `sentry` hears of it. Looking at it here after
-    every test would take as long as the tests of a small package.
+    Their code cannot be exchanged unseen either: `sentry` hears of it. Looking at it here too
+    would take as long as the tests of a small package.
     """
+
+    every_seconds = 0.01
+    """Between looks, each of which takes a fortieth of it."""
 
     def __init__(self, builtins):
         self.found = set()
         self.kept = []
         self.all, self.map, self.is_ = builtins.all, builtins.map, is_  # as they are now
+        self.clock, self.last = time.perf_counter, 0.0
         self._add("builtins.", vars(builtins), list(vars(builtins).items()))
         tops = ("pytest", "_pytest", "pluggy", "unittest")
         for label, module in sorted(sys.modules.items()):
@@ -218,6 +246,12 @@ class watch:
         known = [(n, t) for n, t in known if label + n not in _CHANGED_BY_PYTEST]
         names, things = [n for n, _ in known], [t for _, t in known]
         self.kept.append((label, now.get, names, things, known))
+
+    def look_again(self):
+        """Compare, unless that was done a moment ago."""
+        if self.clock() - self.last >= self.every_seconds:
+            self.look()
+            self.last = self.clock()
 
     def look(self):
         """Compare once more: by identity, as the things' own idea of equality may lie."""
