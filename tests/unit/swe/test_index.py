@@ -61,3 +61,13 @@ def test_the_front_page_names_the_same_totals():
     (found,) = re.findall(r"(\d+) pairs of releases and (\d+) mutants.*?\| (\d+) instances", text)
     kinds = Counter(r["kind"] for r in json.loads(INDEX.read_text()))
     assert tuple(map(int, found)) == (kinds["releases"], kinds["mutation"], kinds.total())
+
+
+def test_the_readme_counts_the_refused_pairs():
+    rejects = json.loads(INDEX.with_name("rejects.json").read_text())
+    text = INDEX.with_name("README.md").read_text()
+    table = text[text.index("| rejected pairs |") :].partition("\n\n")[0].splitlines()[2:]
+    assert sum(int(line.split("|")[2]) for line in table) == len(rejects)
+    listed = {row["instance_id"] for row in json.loads(INDEX.read_text())}
+    names = (re.match(r"(\S+) (\S+) -> (\S+)$", reject["name"]) for reject in rejects)
+    assert not listed & {f"{m[1]}__{m[2]}-{m[3]}" for m in names}
