@@ -1,6 +1,7 @@
 """How fast sandboxes start, and how many episodes a second they carry, beside their peers.
 
     python -m benchmarks.sandbox [--json OUT] [--starts 50] [--episodes 40] [--grades 20]
+                                 [--instances FOLDER] [--only-grades]
                                  [--podman 'podman --storage-driver overlay'] [--image IMAGE]
 
 Start: from nothing to the end of a first command that does nothing. Episode: open, put a package
@@ -8,8 +9,9 @@ and its test, edit, run the test, read the diff, close. Peers on the same machin
 minutes, where installed: SWE-ReX local deployment (`pip install swe-rex`; no isolation at
 all) and podman with the limits of ours (needs an image with python3, `--image`). `python` is the
 episode's test as a plain process: what no sandbox can go below. Grade: the gold patch of our own
-small instance, from nothing to the verdict, in turn with `python -m pytest` on its mended tree. The
-load of the machine is recorded, because the figures mean nothing without it.
+small instance (and of those that `m1 sandbox build` put into FOLDER), from nothing to the verdict,
+in turn with `python -m pytest` on its mended tree. The load of the machine is recorded, because the
+figures mean nothing without it.
 """
 
 import argparse
@@ -36,8 +38,10 @@ from m1.sandbox.local import BubblewrapBackend, can_overlay
 from m1.swe import sample
 from m1.swe.builder import build_releases
 from m1.swe.grade import grade
+from m1.swe.instance import Instance, read_instances
 from m1.swe.python import interpreter
 from m1.swe.store import EnvironmentStore
+from m1.swe.suite import VARIABLES
 
 PARALLEL = (1, 2, 4, 8)
 LIMITS = Limits(cpu_seconds=20, wall_seconds=60, memory_mib=256, scratch_mib=16, num_files=2000)
@@ -160,38 +164,65 @@ def warm_start(backend: BubblewrapBackend, number: int) -> dict[str, float]:
         return quantiles(run, number)
 
 
-def grading(backend: BubblewrapBackend, number: int) -> dict[str, float]:
-    """Milliseconds of a whole grade, and of pytest by itself on the same tree and tests."""
+def grading(backend: BubblewrapBackend, number: int, built: Path | None) -> list[dict[str, Any]]:
+    """A whole grade and pytest by itself, of our own small instance and of those of a build."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         store = EnvironmentStore(Path(folder) / "store")
         releases = sample.release("0.1.0"), sample.release("0.1.1")
         instance = build_releases(*releases, store, backend).instance
-        tree = Path(folder) / "tree"
-        for name, data in releases[1].files.items():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            (tree / name).write_bytes(data)
-        site = store.folder("sites", instance.environment.site)
-        variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{site}:{tree}"}
+        rows = [beside_pytest(instance, store, backend, number)]
+    for instance in read_instances(built / "instances.jsonl") if built else ():
+        rows.append(beside_pytest(instance, EnvironmentStore(built), backend, number))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def beside_pytest(
+    instance: Instance, store: EnvironmentStore, backend: BubblewrapBackend, number: int
+) -> dict[str, Any]:
+    """Milliseconds of a grade and of `python -m pytest` on the same tree and tests, in turns."""
+    given = instance.environment
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        for kind, key in (("trees", given.tree), ("tests", given.tests)):
+            for name, data in store.read(kind, key).items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            if kind == "trees":
+                patch = instance.patch.encode("utf-8", "surrogateescape")
+                subprocess.run(["git", "apply", "-"], cwd=folder, input=patch, check=True)
+        roots = (str(store.folder("sites", given.site)), *given.python_path)
+        variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(roots), **VARIABLES}
         variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        command = [*interpreter(store).command, "-s", "-B", "-m", "pytest", "-q"]
-        command += ["-p", "no:cacheprovider", *instance.environment.test_files]
+        command = [*interpreter(store).command, "-s", "-m", "pytest", "-q"]
+        command += ["-p", "no:cacheprovider", "-o", "addopts="]
+        command += [part for plugin in given.plugins for part in ("-p", plugin)]
 
         def ours() -> None:
             assert grade(instance, instance.patch, store, backend).resolved
 
-        def plain() -> None:
-            subprocess.run(command, cwd=tree, env=variables, check=True, capture_output=True)
+        def plain() -> None:  # a test that needs what the instance leaves out may fail
+            whole = [*command, *given.test_files]
+            done = subprocess.run(whole, cwd=folder, env=variables, capture_output=True)
+            assert done.returncode in (0, 1), done.stdout[-500:]
 
         taken: dict[Episode, list[float]] = {ours: [], plain: []}
-        for episode in [ours, plain] * number:
+        load = os.getloadavg()[0]
+        for episode in [ours, plain] * (number + 1):
             started = time.perf_counter()
             episode()
             taken[episode].append(1e3 * (time.perf_counter() - started))
-    found = {name: statistics.median(taken[e]) for name, e in (("grade", ours), ("pytest", plain))}
+    grades, runs = taken[ours][1:], taken[plain][1:]
+    pairs = [one / other - 1 for one, other in zip(grades, runs, strict=True)]
     return {
-        "grade_p50_ms": found["grade"],
-        "pytest_p50_ms": found["pytest"],
-        "overhead_fraction": found["grade"] / found["pytest"] - 1,
+        "instance": instance.instance_id,
+        "num_tests": len(instance.fail_to_pass) + len(instance.pass_to_pass),
+        "load_before": load,
+        "grade_p50_ms": statistics.median(grades),
+        "pytest_p50_ms": statistics.median(runs),
+        "overhead_fraction": statistics.median(grades) / statistics.median(runs) - 1,
+        "overhead_of_pairs_quartiles": statistics.quantiles(pairs, n=4),
+        "least_ms": [min(grades), min(runs)],
     }
 
 
@@ -219,13 +250,17 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=50)
     parser.add_argument("--episodes", type=int, default=40)
     parser.add_argument("--grades", type=int, default=20)
+    parser.add_argument("--instances", type=Path, help="folder of m1 sandbox build: graded too")
+    parser.add_argument("--only-grades", action="store_true")
     parser.add_argument("--podman", default="podman", help="with its global options")
     parser.add_argument("--image", default="localhost/python:1")
     arguments = parser.parse_args()
     backend = BubblewrapBackend()
     ours = ours_start(backend), ours_episode(backend)
-    runs = {"bubblewrap": ours, **peers(arguments.podman, arguments.image)}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {"bubblewrap": {}}
+    runs: dict[str, tuple[Episode, Episode]] = {}
+    if not arguments.only_grades:
+        runs = {"bubblewrap": ours, **peers(arguments.podman, arguments.image)}
     for name, (start, episode) in runs.items():
         load = os.getloadavg()[0]
         rows[name] = {"load_before": load, "start": quantiles(start, arguments.starts)}
@@ -233,9 +268,10 @@ def main() -> None:
             threads: per_second(episode, arguments.episodes, threads) for threads in PARALLEL
         }
         print(name, rows[name], flush=True)
-    rows["bubblewrap"]["warm_start"] = warm_start(backend, arguments.starts)
-    print("warm", rows["bubblewrap"]["warm_start"])
-    rows["bubblewrap"]["grade"] = grading(backend, arguments.grades)
+    if runs:
+        rows["bubblewrap"]["warm_start"] = warm_start(backend, arguments.starts)
+        print("warm", rows["bubblewrap"]["warm_start"])
+    rows["bubblewrap"]["grade"] = grading(backend, arguments.grades, arguments.instances)
     print("grade", rows["bubblewrap"]["grade"])
     about = {
         "cores": os.cpu_count(),

@@ -32,9 +32,11 @@ def exec_(
     layer: Annotated[
         list[str] | None, typer.Option(help="/path/inside=folder; copy-on-write; repeatable.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Wall time; processor time is the same.")] = 60.0,
-    memory_mib: Annotated[int, typer.Option(help="All processes together.")] = 512,
-    scratch_mib: Annotated[int, typer.Option(help="All that may be written.")] = 256,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Wall time; processor time is the same.")
+    ] = 60.0,
+    memory_mib: Annotated[int, typer.Option(min=8, help="All processes together.")] = 512,
+    scratch_mib: Annotated[int, typer.Option(min=1, help="All that may be written.")] = 256,
     lenient: Annotated[bool, typer.Option(help="Accept a weaker sandbox; see doctor.")] = False,
     namespace: Namespace = "m1-sandbox",
     kubeconfig: Kubeconfig = None,

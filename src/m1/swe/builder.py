@@ -15,7 +15,7 @@ from m1.sandbox.base import Backend
 from m1.swe.diffs import tree_diff
 from m1.swe.files import is_source, python_path, tests_of
 from m1.swe.instance import Environment, Instance
-from m1.swe.releases import PackageIndex, Release, normal_name
+from m1.swe.releases import PackageIndex, Release, is_older, normal_name
 from m1.swe.statement import problem_statement
 from m1.swe.store import EnvironmentStore, requirements_of
 from m1.swe.suite import SuiteRun, run_suite
@@ -82,6 +82,11 @@ def build_pair(
         SiteError: Dependencies cannot be installed.
         Rejected: The pair shows no fault that its tests see.
     """
+    if not is_older(pair.base_version, pair.fix_version):
+        raise Rejected(
+            f"base_version {pair.base_version} is not older than fix_version {pair.fix_version}; "
+            "swap them"
+        )
     base = index.fetch(pair.package, pair.base_version, sha256=pair.base_sdist.sha256 or None)
     fix = index.fetch(pair.package, pair.fix_version, sha256=pair.fix_sdist.sha256 or None)
     chosen = () if pair.scope.startswith("all test files") else pair.test_files
@@ -224,10 +229,11 @@ def with_metadata(release: Release) -> dict[str, bytes]:
 
 
 def is_test_module(name: str) -> bool:
-    """Whether pytest's defaults collect the file."""
+    """Whether a file of tests holds some itself: pytest's default names, `tests.py`, `test.py`."""
     stem = PurePosixPath(name).stem
-    return name.endswith(".py") and (
-        stem.startswith("test_") or stem.endswith("_test") or stem == "tests"
+    return name == "test.py" or (
+        name.endswith(".py")
+        and (stem.startswith("test_") or stem.endswith("_test") or stem == "tests")
     )
 
 

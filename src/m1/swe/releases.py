@@ -3,6 +3,7 @@
 Nothing of a package runs here: archives are read member by member, and no build is started.
 """
 
+import bisect
 import hashlib
 import os
 import subprocess
@@ -113,9 +114,8 @@ class PackageIndex:
             return read_archive(known, Sdist(package, version, known.name, sha256))
         listed = self._list(package).get(version)
         if listed is None:
-            raise ReleaseError(
-                f"{package} {version} has no source archive on the index; name another version"
-            )
+            near = self._near(package, version)
+            raise ReleaseError(f"{package} {version} has no source archive on the index; {near}")
         said = listed.digests.get("sha256", "")
         if sha256 is not None and said and said != sha256:
             raise ReleaseError(
@@ -133,6 +133,16 @@ class PackageIndex:
                 "the way, try again"
             )
         return read_archive(path, Sdist(package, version, listed.filename, digest))
+
+    def _near(self, package: str, version: str) -> str:
+        """What to name in place of a version that is not there."""
+        there = self.versions(package)
+        try:
+            at = bisect.bisect([Version(v) for v in there], Version(version))
+        except InvalidVersion:
+            at = len(there)
+        near = ", ".join(there[max(0, at - 3) : at + 3])
+        return f"name one that has, such as {near}" if near else "no version of it has one"
 
     def _kept(self, sha256: str | None) -> Path | None:
         folder = self._folder / (sha256 or "-")[:16]
@@ -233,6 +243,14 @@ def _members(path: Path) -> Iterator[tuple[str, bytes, bool]]:
 def normal_name(package: str) -> str:
     """A package's name as indexes write it."""
     return str(canonicalize_name(package))
+
+
+def is_older(version: str, other: str) -> bool:
+    """Whether a version comes before another; True where one of them is none, for the index."""
+    try:
+        return Version(version) < Version(other)
+    except InvalidVersion:
+        return True
 
 
 def _is_final(version: str) -> bool:

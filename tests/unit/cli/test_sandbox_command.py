@@ -1,9 +1,11 @@
 import json
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from m1.cli_sandbox import app
+from m1.cli_sandbox_swe import register
 from m1.sandbox import bubblewrap
 from m1.types import M1Error
 
@@ -44,6 +46,19 @@ def test_mistakes_are_errors_with_a_remedy():
         found = run(*arguments)
         assert isinstance(found.exception, M1Error)
         assert text in str(found.exception)
+    assert run("exec", "--seconds", "0", "--", "true").exit_code == 2
+
+
+def test_a_build_of_nothing_says_what_to_write(tmp_path):
+    commands = typer.Typer()
+    register(commands)
+    pairs = tmp_path / "pairs.json"
+    for text, remedy in ((None, "check the path"), ("[]", 'pairs such as {"package": "parse", ')):
+        if text is not None:
+            pairs.write_text(text)
+        found = CliRunner().invoke(commands, ["build", str(pairs), str(tmp_path / "out")])
+        assert isinstance(found.exception, M1Error)
+        assert remedy in str(found.exception)
 
 
 def test_garbage_collection_says_how_much():

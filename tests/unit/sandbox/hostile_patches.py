@@ -50,12 +50,17 @@ for _descriptor in range(3, 256):
 def hostile_patches(instance: Instance, store: EnvironmentStore) -> dict[str, str]:
     """Patches by what they try, against the instance's own base tree.
 
-    Code goes to the end of the first Python file that the gold patch changes, so that the tests
-    import it.
+    Code goes to the end of the first module that the gold patch changes, so that the tests import
+    it; a script aside is none.
     """
     base = store.read("trees", instance.environment.tree)
     names = sorted(diffs.touched(instance.patch, {}).files)
-    module = next(name for name in names if name.endswith(".py") and name in base)
+    packages = {name.rpartition("/")[0] for name in base if name.endswith("/__init__.py")} | {""}
+    module = next(
+        name
+        for name in names
+        if name.endswith(".py") and name in base and name.rpartition("/")[0] in packages
+    )
     wanted = (*instance.fail_to_pass, *instance.pass_to_pass)
     lines = "\n".join([*(f"{test} PASSED" for test in wanted), f"{len(wanted)} passed in 0.01s"])
     tests = {test.partition("::")[0] for test in wanted}

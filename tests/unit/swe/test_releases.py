@@ -5,10 +5,11 @@ import zipfile
 
 import pytest
 
-from m1.swe.builder import Rejected, _gold_patch
+from m1.swe.builder import Pair, Rejected, _gold_patch, build_pair
 from m1.swe.files import is_source, is_test, python_path, steers
 from m1.swe.releases import IndexUnreachable, PackageIndex, ReleaseError, Sdist, read_archive
 from m1.swe.search import is_free
+from m1.swe.store import EnvironmentStore
 
 SDIST = Sdist("p", "1", "p-1.tar.gz", "")
 
@@ -70,6 +71,8 @@ def test_a_kept_archive_needs_no_index_and_an_absent_one_names_it(tmp_path):
         ("pkg/test_a.py", True, False),
         ("pkg/conftest.py", True, False),
         ("pkg/contest.py", False, True),
+        ("test.py", True, False),
+        ("pkg/test.py", False, True),
         ("setup.py", False, False),
         ("docs/conf.py", False, False),
         ("README.md", False, False),
@@ -119,3 +122,21 @@ def test_changes_that_are_no_fault_are_rejected():
         _gold_patch({"p/a.py": b""}, {"p/a.py": b"x = 1\n" * 700})
     with pytest.raises(Rejected, match="binary"):
         _gold_patch({"p/a.png": b"\0"}, {"p/a.png": b"\0\1"})
+
+
+def test_a_pair_the_wrong_way_round_says_so(tmp_path):
+    pair = Pair(package="p", base_version="1.10", fix_version="1.9")
+    store = EnvironmentStore(tmp_path)
+    with pytest.raises(Rejected, match="swap them"):
+        build_pair(pair, PackageIndex(store.archives), store, None)
+
+
+def test_a_version_that_is_absent_is_answered_with_its_neighbours(tmp_path, monkeypatch):
+    index = PackageIndex(tmp_path, url="http://127.0.0.1:9")
+    there = dict.fromkeys(("0.9", "1.0", "1.1", "1.3", "1.10", "2.0"))
+    monkeypatch.setitem(index._listed, "p", there)
+    with pytest.raises(ReleaseError, match=r"such as 1\.0, 1\.1, 1\.3, 1\.10, 2\.0$"):
+        index.fetch("p", "1.4")
+    with pytest.raises(ReleaseError, match="no version of it has one"):
+        monkeypatch.setitem(index._listed, "p", {})
+        index.fetch("p", "1.4")

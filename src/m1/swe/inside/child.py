@@ -1,43 +1,55 @@
 """pytest in a process of its own, beside code that nobody trusts, and what watches that code."""
 
+import collections
+import contextlib
+import gc
 import json
 import os
 import sys
+import time
 import types
+from operator import is_
 
 from m1.swe.inside.trees import is_test
 
 _CHANGED_BY_PYTEST = frozenset({"_pytest.config.Config._getini_unknown_type"})  # its legacypath
 
 
-def run_pytest(job, descriptor, done):
-    """Run pytest on the job's files, without tests that have a result; never returns."""
-    paths = [os.path.abspath(p) for p in job["python_path"]]
-    sys.path[:] = [*sys.path, job["site"], *paths]
-    os.environ["PYTHONPATH"] = os.pathsep.join([job["site"], *paths])
+def load_pytest(job):
+    """Import what pytest needs, while the tree is not yet to be seen."""
+    gc.disable()  # nothing of this is garbage, and looking takes a tenth of the time
+    sys.path[:] = [*sys.path, job["site"]]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = True
-    for name in [n for n in sys.modules if n == "m1" or n.startswith("m1.")]:
-        del sys.modules[name]  # ours: no test finds them by name
-    import builtins
     import site
     import unittest  # noqa: F401  loaded before the tree's code, so that `watch` knows it
 
+    import pytest  # noqa: F401
+
+    if job["clock"] is not None:
+        import time_machine  # noqa: F401
+    site.setquit()
+    gc.freeze()
+    gc.enable()
+
+
+def run_pytest(job, descriptor, done):
+    """Run pytest on the job's files, without tests that have a result; never returns."""
+    import builtins
+
     import pytest
 
-    site.setquit()
+    paths = [os.path.abspath(p) for p in job["python_path"]]
+    sys.path[:] = [*sys.path, *paths]
+    os.environ["PYTHONPATH"] = os.pathsep.join([job["site"], *paths])
+    for name in [n for n in sys.modules if n == "m1" or n.startswith("m1.")]:
+        del sys.modules[name]  # ours: no test finds them by name
     if job["clock"] is not None:
         import time_machine
 
         time_machine.travel(job["clock"], tick=True).start()
-    write, dumps, leave = os.write, json.dumps, os._exit
-
-    def send(**record):
-        data = dumps(record).encode("utf-8", "backslashreplace") + b"\n"
-        while data:
-            data = data[write(descriptor, data) :]
-
-    setattr(builtins, job["function"], lambda secret: send(k="proof", secret=secret))
+    leave, (keep, send) = os._exit, _channel(descriptor)
+    setattr(builtins, job["function"], lambda secret: keep(k="proof", secret=secret))
     changes = watch(builtins)
     sys.addaudithook(sentry(job, send))
     arguments = [
@@ -48,13 +60,36 @@ def run_pytest(job, descriptor, done):
         *job["files"],
     ]
     only = set(job["only"]) if job["only"] is not None else None
-    code = int(pytest.main(arguments, plugins=[reporter(pytest, send, changes, only, done)]))
+    tell = reporter(pytest, keep, send, changes, only, done)
+    code = int(pytest.main(arguments, plugins=[tell]))
     changes.look()
     send(k="end", rc=code, changed=sorted(changes.found))
     leave(code)
 
 
-def reporter(pytest, send, changes, only, done):
+def _channel(descriptor):
+    """To keep a record for later, and to send one after all that were kept, in one write."""
+    write, dumps = os.write, json.dumps
+    kept: collections.deque[str] = collections.deque()
+    add, take = kept.append, kept.popleft
+
+    def keep(**record):
+        add(dumps(record))
+
+    def send(**record):
+        add(dumps(record))
+        texts = []
+        with contextlib.suppress(IndexError):  # threads may be at it too
+            while True:
+                texts.append(take() + "\n")
+        data = "".join(texts).encode("utf-8", "backslashreplace")
+        while data:
+            data = data[write(descriptor, data) :]
+
+    return keep, send
+
+
+def reporter(pytest, keep, send, changes, only, done):
     """A plugin that tells the supervisor what pytest sees."""
 
     class Reporter:
@@ -79,12 +114,16 @@ def reporter(pytest, send, changes, only, done):
             if outcome != "failed" and hasattr(report, "context"):
                 return  # of a subtest: the test itself still goes on
             message = _text(report) if outcome != "passed" else ""
-            send(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
+            keep(k="report", id=report.nodeid, when=report.when, outcome=outcome, message=message)
 
         @pytest.hookimpl(trylast=True)
         def pytest_runtest_logfinish(self, nodeid, location):
-            changes.look()
-            send(k="finish", id=nodeid)
+            changes.look_again()
+            keep(k="finish", id=nodeid)
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_sessionfinish(self, session):
+            send(k="last")  # what comes now is no test's
 
     return Reporter()
 
@@ -111,6 +150,9 @@ _DIRECT = frozenset({"sys._getframe", "object.__getattr__", "code.__new__"})
 
 
 _ATTRIBUTES = frozenset({"object.__getattr__", "object.__setattr__"})
+
+
+_HEARD = frozenset({"open", "compile"}) | _ATTRIBUTES | _PEEKING
 
 
 def sentry(job, send):
@@ -144,7 +186,7 @@ def sentry(job, send):
         return "a thread"
 
     def hook(event, arguments):
-        if busy[0]:
+        if event not in _HEARD or busy[0]:
             return
         is_reading = event == "open" or event == "compile"
         is_code = event in _ATTRIBUTES and arguments[1] == "__code__"
@@ -170,13 +212,19 @@ def sentry(job, send):
 class watch:
     """Whether functions of pytest, unittest and builtins are still what they were at first.
 
-    Their code cannot be exchanged unseen either: `sentry` hears of it. Looking at it here after
-    every test would take as long as the tests of a small package.
+    Their code cannot be exchanged unseen either: `sentry` hears of it. Looking at it here too
+    would take as long as the tests of a small package.
     """
+
+    every_seconds = 0.01
+    """Between looks, each of which takes a fortieth of it."""
 
     def __init__(self, builtins):
         self.found = set()
-        self.kept = [("builtins.", vars(builtins), list(vars(builtins).items()))]
+        self.kept = []
+        self.all, self.map, self.is_ = builtins.all, builtins.map, is_  # as they are now
+        self.clock, self.last = time.perf_counter, 0.0
+        self._add("builtins.", vars(builtins), list(vars(builtins).items()))
         tops = ("pytest", "_pytest", "pluggy", "unittest")
         for label, module in sorted(sys.modules.items()):
             if label.split(".")[0] in tops and module is not None:
@@ -192,11 +240,24 @@ class watch:
                 known.append((name, thing))
                 if not isinstance(owner, type):
                     self._keep(label + "." + name, thing, module)
-        self.kept.append((label + ".", vars(owner), known))
+        self._add(label + ".", vars(owner), known)
+
+    def _add(self, label, now, known):
+        known = [(n, t) for n, t in known if label + n not in _CHANGED_BY_PYTEST]
+        names, things = [n for n, _ in known], [t for _, t in known]
+        self.kept.append((label, now.get, names, things, known))
+
+    def look_again(self):
+        """Compare, unless that was done a moment ago."""
+        if self.clock() - self.last >= self.every_seconds:
+            self.look()
+            self.last = self.clock()
 
     def look(self):
-        """Compare once more."""
-        for label, now, known in self.kept:
-            for name, thing in known:
-                if now.get(name) is not thing and label + name not in _CHANGED_BY_PYTEST:
-                    self.found.add(label + name)
+        """Compare once more: by identity, as the things' own idea of equality may lie."""
+        every, each, same = self.all, self.map, self.is_
+        for label, get, names, things, known in self.kept:
+            if not every(each(same, each(get, names), things)):
+                for name, thing in known:  # no builtin from here on, as it may be another by now
+                    if get(name) is not thing:
+                        self.found.add(label + name)

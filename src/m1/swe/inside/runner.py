@@ -7,7 +7,6 @@ child says is taken as what it is, the word of a process that runs code nobody t
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -15,7 +14,7 @@ import signal
 import time
 from typing import Any
 
-from m1.swe.inside.child import run_pytest
+from m1.swe.inside.child import load_pytest, run_pytest
 from m1.swe.inside.trees import apply_patch, prepare
 
 _PR_SET_DUMPABLE = 4
@@ -31,65 +30,96 @@ def main(job):
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
-    _set_dumpable(0)  # a child of the same user can neither trace us nor open our descriptors
     result: dict[str, Any] = {"patch": None, "tests": {}, "attempts": [], "log": "", "errors": []}
     os.chdir(job["tree"])
+    child = _Child(job, frozenset())
+    _set_dumpable(0)  # a child of the same user can neither trace us nor open our descriptors
     if job["patch"]:
         result["patch"] = apply_patch(job["patch"])
     if not job["patch"] or result["patch"]["is_applied"]:
         prepare(job)
-        supervise(job, result)
+        supervise(job, result, child)
     data = json.dumps(result).encode("utf-8", "backslashreplace")
     while data:
         data = data[os.write(channel, data) :]
     os._exit(0)  # taking the interpreter down would only take time
 
 
-def supervise(job, result):
+def supervise(job, result, child):
     """Run pytest until every test has a result; a test that kills or stalls it is passed by."""
     deadline = time.monotonic() + job["wall_seconds"]
     for _ in range(_MAX_ATTEMPTS):
-        attempt = _attempt(job, result, deadline)
+        attempt = _attempt(job, result, deadline, child)
         result["attempts"].append(attempt)
         victim = attempt["interrupted"]
         if attempt["is_complete"] or victim is None or time.monotonic() > deadline:
             return
+        if not attempt["stopped_by"] and attempt["status"] < 128:
+            return  # left by itself: no crash, and a fresh process must not gain by it
         reason = "timeout" if attempt["stopped_by"] else "crash"
         result["tests"][victim]["outcome"] = reason
+        done = [i for i, t in result["tests"].items() if t["outcome"] != "running"]
+        child = _Child(job, frozenset(done))
 
 
-def _attempt(job, result, deadline):
-    report_in, report_out = os.pipe()
-    log_in, log_out = os.pipe()
-    started = time.monotonic()
-    pid = os.fork()
-    if pid == 0:
+class _Child:
+    """A process that imports pytest at once, beside us, and meets the tree when it is told to."""
+
+    def __init__(self, job, done):
+        self.started = time.monotonic()
+        self.report_in, report_out = os.pipe()
+        self.log_in, log_out = os.pipe()
+        told, self.tell = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(job, done, told, report_out, log_out)
+        for descriptor in (told, report_out, log_out):
+            os.close(descriptor)
+
+    @staticmethod
+    def _run(job, done, told, report_out, log_out):
         try:
             os.setsid()
             os.dup2(log_out, 1)
             os.dup2(log_out, 2)
             kept = os.dup2(report_out, 200, inheritable=False)
+            told = os.dup2(told, 201, inheritable=False)
             os.closerange(3, 200)
-            _set_dumpable(1)
-            done = [i for i, t in result["tests"].items() if t["outcome"] != "running"]
-            run_pytest(job, kept, set(done))
+            if done:
+                _set_dumpable(1)  # a copy of the supervisor, which has closed itself by now
+            load_pytest(job)
+            word = os.read(told, 1)
+            os.close(told)
+            if word:
+                run_pytest(job, kept, done)
         except BaseException as error:  # the supervisor must never go on in two processes
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:
             os._exit(99)
-    os.close(report_out)
-    os.close(log_out)
+
+    def let_go(self):
+        """The tree is ready."""
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which its status says
+            os.write(self.tell, b"1")
+        os.close(self.tell)
+
+    def kill(self):
+        """With all that stayed in its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def _attempt(job, result, deadline, child):
     state = _State(result)
     log = bytearray()
-    stopped_by = _listen(job, state, log, report_in, log_in, deadline)
+    child.let_go()
+    stopped_by = _listen(job, state, log, child.report_in, child.log_in, deadline)
     if stopped_by:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-    status = _wait(pid, 5.0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.close(report_in)
-    os.close(log_in)
+        child.kill()
+    status = _wait(child.pid, 5.0)
+    child.kill()
+    os.close(child.report_in)
+    os.close(child.log_in)
     result["log"] = (result["log"] + log.decode("utf-8", "replace"))[-_LOG_BYTES:]
     said = state.end or {}
     return {
@@ -99,7 +129,7 @@ def _attempt(job, result, deadline):
         "changed": sorted({*state.seen, *map(str, said.get("changed", []))})[:50],
         "interrupted": state.running,
         "stopped_by": stopped_by,
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - child.started,
     }
 
 
@@ -218,4 +248,6 @@ def _wait(pid, seconds):
 
 
 def _set_dumpable(value):
+    import ctypes  # not on the way of the child, which the other process is
+
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, value, 0, 0, 0)

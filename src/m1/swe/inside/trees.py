@@ -74,8 +74,8 @@ def is_test(path: str) -> bool:
     if TEST_FOLDERS.intersection(folders) or name == "conftest.py":
         return True
     stem, ending = os.path.splitext(name)
-    return ending == ".py" and (
-        stem.startswith("test_") or stem.endswith("_test") or stem == "tests"
+    return path == "test.py" or (  # below the top such a file may be the package's own
+        ending == ".py" and (stem.startswith("test_") or stem.endswith("_test") or stem == "tests")
     )
 
 
