@@ -2,12 +2,10 @@
 
 import base64
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from published_schemas import FOLDERS
 
 from m1.config.loading import load_recipe
 from m1.config.resource_tables import SandboxCheckConfig
@@ -44,54 +42,15 @@ def component(account):
     return Cluster("kubeflow", kubeconfig=account, retry_seconds=30)
 
 
-@pytest.fixture(scope="module")
-def trainer(platform, tmp_path_factory):
-    """Trainer's own definition of a TrainJob; nothing acts on one."""
-    file = "trainer.kubeflow.org_trainjobs.yaml"
-    found = [folder / file for folder in FOLDERS if (folder / file).exists()]
-    if not found:
-        pytest.skip(f"no published schema of a TrainJob in {FOLDERS} (M1_CRDS)")
-    definition = tmp_path_factory.mktemp("trainer") / "definition.yaml"
-    definition.write_text(
-        yaml.safe_dump(known_to_old_servers(yaml.safe_load(found[0].read_text())))
-    )
-    platform.cluster.kubectl("apply", "--validate=false", "-f", str(definition))
-    platform.cluster.kubectl(
-        "wait", "--for=condition=established", "crd/trainjobs.trainer.kubeflow.org"
-    )
-
-
-def known_to_old_servers(value):
-    """A definition whose defaults are not empty: Kubernetes 1.20 takes such a text for none."""
-    if isinstance(value, list):
-        return [known_to_old_servers(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    changed = {"default": "absent"} if value.get("default") == "" else {}
-    return {k: known_to_old_servers(v) for k, v in (value | changed).items()}
-
-
 def rollout():
     sets = ['rl.rollout.urls=["cluster"]', "resources.rollout.source=/work/base"]
     sets += ["resources.rollout.resources.memory=64Mi"]
     return load_recipe([MINI], overrides=sets).resources.rollout
 
 
-def test_a_trainjob_and_servers_are_taken_and_torn_down(component, trainer, monkeypatch):
+def test_inference_servers_are_taken_as_they_are_and_torn_down(component, monkeypatch):
     from kubernetes import client
 
-    resources = load_recipe([MINI]).resources
-    job = objects.train_job(
-        replace(IDENTITY, name="m1-component-job"),
-        resources.of("pretrain"),
-        resources.trainer,
-        image="m1",
-        folder="/scratch/x",
-        num_processes=1,
-    )
-    place = (objects.GROUP, objects.VERSION, "kubeflow", objects.PLURAL)
-    kept = component.calling(lambda: component.objects.create_namespaced_custom_object(*place, job))
-    assert kept["spec"] == job["spec"]  # nothing was unknown, and dropped
     servers = RolloutServers(component, rollout(), IDENTITY)
     servers.create(image="absent/m1:1")
     servers.create(image="absent/m1:1")  # as a component that starts again
@@ -106,12 +65,11 @@ def test_a_trainjob_and_servers_are_taken_and_torn_down(component, trainer, monk
         pods = component.core.list_namespaced_pod("kubeflow", label_selector=selector).items
         time.sleep(0.2)
     assert pods
-    # 1.20 has no autoscaling/v2; the role would allow what the server does not know.
+    # 1.20 has no autoscaling/v2, and nothing of Trainer: no TrainJob is looked for in vain.
     monkeypatch.setattr(component, "scaling", client.AutoscalingV1Api(component.api))
     assert sorted(tear_down(component, "run-1")) == [
         f"Deployment {IDENTITY.name}",
         f"Service {IDENTITY.name}",
-        "TrainJob m1-component-job",
     ]
     assert tear_down(component, "run-1") == ()
 
