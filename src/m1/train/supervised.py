@@ -60,9 +60,17 @@ def _given(context: StageContext, start: str) -> Path:
     folder = context.folder / "start"
     with FileLock(context.folder / ".start.lock"):  # ranks ask at once
         if not folder.exists():
-            root, _, name = start.rstrip("/").rpartition("/")
-            open_storage(root).download_folder(name, folder)
-    return checkpoint.inside(folder)
+            try:
+                open_storage(start.rstrip("/")).download_folder("", folder)
+            except FileNotFoundError as error:
+                raise M1Error(
+                    f"pretrain.start is {start}, but {error}; name the folder of a checkpoint"
+                ) from None
+    try:
+        return checkpoint.inside(folder)
+    except M1Error as error:
+        shutil.rmtree(folder, ignore_errors=True)  # fetched anew when it was mended
+        raise M1Error(f"pretrain.start is {start}, but {error}") from None
 
 
 def make_trainer(
