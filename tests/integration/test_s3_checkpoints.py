@@ -16,36 +16,32 @@ from faulty_proxy import faulty_proxy
 from megatron.core import dist_checkpointing
 
 from m1.config.loading import load_recipe
-from m1.launch import finished_stages
-from m1.model.parallel import initialize
+from m1.launch import finished_stages, run_stage
 from m1.stage import fetch
 from m1.stage_backup import CheckpointBackup
 from m1.storage import open_storage
 
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests/recipes/mini.toml"
-LONGER = "--set=pretrain.num_steps=14"
 MARKER = "complete.json"
 
 
-def command(stage, root, scratch):
-    program = "from m1.cli import main; main()"
-    sets = [f"--set=storage.root={root}", f"--set=storage.scratch={scratch}", LONGER]
-    return [sys.executable, "-c", program, "stage", stage, str(MINI), *sets]
-
-
-def finish(stage, root, scratch):
-    ran = subprocess.run(
-        command(stage, root, scratch), cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def recipe_on(root, scratch):
+    sets = [f"storage.root={root}", f"storage.scratch={scratch}", "pretrain.num_steps=14"]
+    return load_recipe([MINI], overrides=sets)
 
 
 def kill_with_a_checkpoint_on_s3(root, scratch, storage):
-    """SIGKILL in the middle, once a checkpoint is complete on S3."""
-    process = subprocess.Popen(
-        command("pretrain", root, scratch), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    """SIGKILL in the middle of pretraining, once a checkpoint is complete on S3."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_s3_checkpoints import recipe_on
+from m1.launch import run_stage
+run_stage("pretrain", recipe_on({root!r}, {str(scratch)!r}))
+"""
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process has
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=one)
     deadline = time.monotonic() + 300
     while not any("/checkpoints/" in k and k.endswith(MARKER) for k in storage.list("stages")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -57,40 +53,37 @@ def kill_with_a_checkpoint_on_s3(root, scratch, storage):
 def test_a_killed_stage_goes_on_from_s3_on_an_empty_disk_to_the_same_weights(s3_bucket, tmp_path):
     root = f"s3://{s3_bucket}/runs"
     storage = open_storage(root)
-    recipe = load_recipe([MINI], overrides=[f"storage.root={root}", LONGER[6:]])
-    finish("data", root, tmp_path / "one")
+    run_stage("data", recipe_on(root, tmp_path / "one"))
     kill_with_a_checkpoint_on_s3(root, tmp_path / "one", storage)
-    assert "pretrain" not in finished_stages(recipe)
     shutil.rmtree(tmp_path / "one")  # the pod's disk
+    recipe = recipe_on(root, tmp_path / "two")
+    assert "pretrain" not in finished_stages(recipe)
     killed = time.time()
-    (marker,) = sorted(k for k in storage.list("stages") if k.endswith(MARKER))[-1:]
+    marker = max(k for k in storage.list("stages") if "/checkpoints/" in k and k.endswith(MARKER))
     place, by, name = marker.rsplit("/", 3)[:3]
     # What a pod left that died while it sent: a newer checkpoint in part.
     for key in storage.list(f"{place}/{by}/{name}"):
         if not key.endswith((MARKER, ".distcp")):
             storage.write_bytes(key.replace(name, "step_00000012"), storage.read_bytes(key))
 
-    finish("pretrain", root, tmp_path / "two")
-    resumed = finished_stages(recipe)["pretrain"]
-    lines = storage.read_bytes(f"{resumed.uri.partition('/runs/')[2][:-7]}/metrics.jsonl")
+    resumed = run_stage("pretrain", recipe)
+    lines = storage.read_bytes(f"{resumed.uri.removeprefix(root)[1:-7]}/metrics.jsonl")
     rows = [json.loads(line) for line in lines.splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 15))
     repeated = [row["step"] for row in rows if row["time"] > killed]
     assert repeated[0] == int(name.removeprefix("step_")) + 1
     assert not storage.list(place)  # finished: none is needed any more
-
     found = weights(resumed, tmp_path)
 
-    storage.remove_folder("/".join(place.split("/")[:2]))
-    finish("pretrain", root, tmp_path / "three")
-    expected = weights(finished_stages(recipe)["pretrain"], tmp_path)
+    storage.remove_folder(place.rpartition("/")[0])
+    shutil.rmtree(tmp_path / "two")
+    expected = weights(run_stage("pretrain", recipe), tmp_path)
     assert len(expected) > 40 and found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def weights(pointer, folder):
     """Final weights of a stage, by their names in the checkpoint."""
-    initialize()
     inside = fetch(pointer, scratch=folder) / "checkpoint"
     plain = dist_checkpointing.load_plain_tensors(str(inside))
     return {name: value for name, value in plain.items() if isinstance(value, torch.Tensor)}
