@@ -53,6 +53,7 @@ class CheckpointBackup:
         self._waiting: _Order | None = None
         self._running: _Order | None = None
         self._errors: list[str] = []
+        self._sent: set[tuple[str, int, int]] = set()  # path, size, time of records
         self._is_closed = self._is_abandoned = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -125,11 +126,10 @@ class CheckpointBackup:
             raise FileNotFoundError(marker)
 
     def _bring_records(self, key: str) -> None:
+        """Replace what this machine logged: it is of the steps before that checkpoint."""
         names = {k.removeprefix(f"{key}/").partition("/")[0] for k in self._storage.list(key)}
         for name in sorted(names):
             target = self._folder / name
-            if target.exists():
-                continue
             if self._storage.exists(f"{key}/{name}"):
                 atomic_write(target, self._storage.read_bytes(f"{key}/{name}"))
             else:
@@ -174,10 +174,15 @@ class CheckpointBackup:
         base = f"{self._root}/{attempt(self._folder)}"
         for name, data in order.texts.items():
             self._storage.write_bytes(f"{base}/{_RECORDS}/{name}", data)
-        paths = {f"{base}/{_RECORDS}/{name}": path for name, path in order.files.items()}
+        new = {n: p for n, p in order.files.items() if _version(p) not in self._sent}
+        for name, path in new.items():
+            if not self._is_abandoned:
+                version = _version(path)
+                self._storage.upload_file(path, f"{base}/{_RECORDS}/{name}")
+                self._sent.add(version)
         own = f"{base}/{order.folder.name}"
         parts = [p for p in visible_files(order.folder) if p.name != order.marker]
-        paths |= {f"{own}/{p.relative_to(order.folder).as_posix()}": p for p in parts}
+        paths = {f"{own}/{p.relative_to(order.folder).as_posix()}": p for p in parts}
         paths[f"{own}/{order.marker}"] = order.folder / order.marker
         for key, path in paths.items():
             if self._is_abandoned:
@@ -194,6 +199,11 @@ class CheckpointBackup:
             is_kept = by in users if name == _RECORDS else (name, by) in kept or name > newest
             if not is_kept:
                 self._storage.remove_folder(f"{self._root}/{by}/{name}")
+
+
+def _version(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
 
 
 def backup_of(storage: Storage, folder: Path) -> CheckpointBackup | None:

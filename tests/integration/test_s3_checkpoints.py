@@ -137,11 +137,13 @@ def test_another_disk_gets_the_newest_checkpoint_with_its_records(place, tmp_pat
     other = tmp_path / "other" / "stages" / folder.name
     other.mkdir(parents=True)
     (other / "checkpoints" / "step_00000002").mkdir(parents=True)  # torn
+    (other / "metrics.jsonl").write_text("of earlier steps")
     CheckpointBackup(storage, other).restore(other / "checkpoints", marker=MARKER)
     found = {p.relative_to(other).as_posix() for p in other.rglob("*") if p.is_file()}
     shard = other / "checkpoints" / "step_00000002" / "deep" / "shard"
     assert shard.read_bytes() == bytes([2]) * 100
     assert found >= {"metrics.jsonl", "rollouts/step_00000002.parquet"}
+    assert (other / "metrics.jsonl").read_text() == "step_00000002"
     newer = made(other, 4)
     CheckpointBackup(storage, other).restore(other / "checkpoints", marker=MARKER)
     assert newer.exists() and len(list((other / "checkpoints").glob("step_*"))) == 2
