@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 
 from m1.config.loading import load_recipe
 from m1.launch import finished_stages, run_stage
+from m1.model import checkpoint
 from m1.stage import fetch
 from m1.stage_backup import CheckpointBackup
 from m1.storage import open_storage
@@ -176,6 +177,15 @@ def test_sending_holds_nothing_up_and_leaves_out_what_was_overtaken(place, s3_se
         faults.pause_seconds = 0.0
         assert backup.close() == []
         assert steps(slow) == ["step_00000006"]
+
+
+def test_what_is_being_sent_is_not_dropped_here(place):
+    _, folder = place
+    paths = [made(folder, step) for step in (2, 4, 6)]
+    checkpoint.prune(folder / "checkpoints", keep=1, needed={paths[0]})
+    assert [path.exists() for path in paths] == [True, False, True]
+    checkpoint.prune(folder / "checkpoints", keep=1)
+    assert [path.exists() for path in paths] == [False, False, True]
 
 
 def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_tried(place, monkeypatch):
