@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import free_ports
 
 from m1.services import Services
 from m1.tracking.store import open_client
@@ -70,7 +70,9 @@ def database():
     (folder / "password").write_text(PASSWORD)
     (folder / "password").chmod(0o644)
     data = str(folder / "data")
-    (port,) = free_ports(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
 
     def run(*command, **more):
