@@ -97,7 +97,9 @@ def submit(
     only: Annotated[str, typer.Option(help="data, rl or evaluate; absent: all stages.")] = "",
     checkpoint: Annotated[str, typer.Option(help="Where rl or evaluate only begin.")] = "",
     name: Annotated[str, typer.Option(help="Of the run; absent: the version's.")] = "",
-    priority: Annotated[str, typer.Option(help="WorkloadPriorityClass of Kueue.")] = "",
+    priority: Annotated[
+        str, typer.Option(help="Class of priority, in Kueue and of inference servers.")
+    ] = "",
     pipeline_root: Annotated[str, typer.Option(help="Where KFP keeps artifacts.")] = "",
     service_account: Annotated[str, typer.Option(help="Of the run's pods.")] = "",
     once: Annotated[

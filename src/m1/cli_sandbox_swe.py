@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from m1.swe.instance import Instance
     from m1.swe.store import EnvironmentStore
     from m1.swe.validate import Validation
+
+METRICS_VARIABLE = "M1_SANDBOX_METRICS_PORT"
+"""Port at which these commands serve their farm's metrics."""
 
 Runs = Annotated[int, typer.Option(min=1, help="Runs of base and of gold, each in a new sandbox.")]
 Parallel = Annotated[int, typer.Option(min=1, help="Instances worked on at once.")]
@@ -266,8 +270,19 @@ def _farm(
     try:
         # Locally as strict as the machine is; a cluster must deny all traffic.
         opened = open_backend(backend, cluster=cluster, is_strict=backend != "bubblewrap")
-        farm = Farm(opened, FarmConfig(max_sandboxes=num_parallel))
+        sizes = FarmConfig(max_sandboxes=num_parallel, metrics_port=_metrics_port())
+        farm = Farm(opened, sizes)
     except SandboxError as error:
         raise M1Error(str(error)) from None
     with farm:
         yield farm
+
+
+def _metrics_port() -> int | None:
+    """Where a cluster's Prometheus looks for the farm's numbers; None where it is not asked for."""
+    given = os.environ.get(METRICS_VARIABLE)
+    if given is None:
+        return None
+    if not (given.isdecimal() and int(given) <= 65535):
+        raise M1Error(f"{METRICS_VARIABLE} is {given!r}, but must be a port; 0 takes a free one")
+    return int(given)

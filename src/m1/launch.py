@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from m1.config.resource_tables import WITH_SANDBOXES
 from m1.config.schema import Recipe, ResourcesConfig, TrackingConfig
 from m1.config.stages import parents_of, rl_config, stage_hashes, stage_kind, stages_of
 from m1.launcher.cluster import Cluster, is_inside
@@ -198,12 +199,17 @@ def _run_in_place(
 ) -> Pointer:
     """Run a stage here, or where its resources say if this is a pod of a cluster."""
     resources, kind = recipe.resources, stage_kind(name)
-    if not (is_inside() and resources.makes_objects(kind)) or finished(name, recipe) is not None:
+    if not is_inside() or finished(name, recipe) is not None:
         return run_stage(name, recipe, inputs=inputs)
-    from m1.launcher.rollout import surroundings
+    from m1.launcher.rollout import check_sandboxes, surroundings
     from m1.launcher.trainjob import TrainJobLauncher, cancelled_by_signals
     from m1.rollout.discovery import SERVERS_VARIABLE
 
+    if kind in WITH_SANDBOXES and resources.sandboxes is not None:
+        check_sandboxes(resources.sandboxes)
+        print(f"sandboxes open in namespace {resources.sandboxes.namespace}")
+    if not resources.makes_objects(kind):
+        return run_stage(name, recipe, inputs=inputs)
     cluster = Cluster(resources.trainer.namespace)
     launcher = None
     if resources.launcher(kind) == "trainjob":

@@ -2,7 +2,8 @@
 
 A stage's folder is `<root>/stages/<stage>-<hash12>/`: `output/` (what the pointer names),
 `checkpoints/` and other work in progress, `metrics.jsonl`, `warnings.jsonl`, `pointer.json`. Runs
-of any recipe that need the same stage share it.
+of any recipe that need the same stage share it. With S3 it lies on a scratch disk, and what a
+restart needs is kept on S3 too (`m1.stage_backup`).
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import psutil
 
 from m1.config.schema import Recipe
 from m1.config.stages import parents_of, stage_hashes, stage_slice
+from m1.stage_backup import CheckpointBackup, backup_of
 from m1.stage_place import alone, fetch, local_root, place, pointer_key, stage_folder
 from m1.stage_records import ids_of, open_run, origin, send_pending
 from m1.storage import (
@@ -87,6 +89,7 @@ class StageContext:
     _fetch: Callable[[Pointer], Path]
     output_uri: str
     """Where `output` will lie for later stages."""
+    _backup: CheckpointBackup | None = None
 
     @property
     def run(self) -> QueuedRun:
@@ -142,6 +145,30 @@ class StageContext:
         with disk_errors(self.folder), (self.folder / WARNINGS).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.events.emit(self.name, "warning", message=message)
+
+    def back_up(self, checkpoint: Path, *, marker: str, keep: int) -> frozenset[Path]:
+        """Begin to keep a complete checkpoint on S3 too, where the storage is there.
+
+        Args:
+            checkpoint: Its folder.
+            marker: Name of its file that makes it complete.
+            keep: How many stay on S3.
+
+        Returns:
+            Checkpoints that must not be removed here yet.
+        """
+        if self._backup is None or self._run is None:
+            return frozenset()
+        records = [self.folder / name for name in (METRICS, WARNINGS, ROLLOUTS)]
+        needed, errors = self._backup.send(checkpoint, marker=marker, keep=keep, records=records)
+        for error in errors:
+            self.warn(f"{error}; the next checkpoint is tried again")
+        return needed
+
+    def restore(self, *, marker: str) -> None:
+        """Bring the newest checkpoint that is complete on S3, unless this machine has a newer."""
+        if self._backup is not None:
+            self._backup.restore(self.checkpoints, marker=marker)
 
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: work that a resumed stage is about to repeat."""
@@ -217,6 +244,7 @@ def assist(
         events=EventLog(None),
         _fetch=lambda pointer: fetch(pointer, scratch=local),
         output_uri=storage.uri(f"{place(folder, storage)}/output"),
+        _backup=backup_of(storage, folder),
     )
     body(context, recipe)
 
@@ -241,7 +269,7 @@ def _run(
             return done
         started = time.time()
         events.emit(stage, "start")
-        run = open_run(stage, recipe)
+        run, backup = open_run(stage, recipe), backup_of(storage, folder)
         context = StageContext(
             name=stage,
             stage_hash=stage_hash,
@@ -251,6 +279,7 @@ def _run(
             events=events,
             _fetch=lambda pointer: fetch(pointer, scratch=local),
             output_uri=storage.uri(f"{place(folder, storage)}/output"),
+            _backup=backup,
         )
         status = "FAILED"
         try:
@@ -258,6 +287,11 @@ def _run(
             output = body(context, recipe)
             pointer = _finish(context, recipe, output, storage, round(time.time() - started, 3))
             status = "FINISHED"
+        except Exception:
+            if backup is not None:  # this disk may end with the process
+                for error in backup.close():
+                    context.warn(error)
+            raise
         finally:
             run.close(status)  # type: ignore[arg-type]
         pointer.metadata.update(ids_of(run))
@@ -265,6 +299,8 @@ def _run(
         if kept != pointer and not isinstance(storage, LocalStorage):
             # Another machine was first; what both computed lies there.
             storage.remove_folder(place(folder, storage))
+        if backup is not None:
+            backup.clear()
         events.emit(stage, "end", seconds=kept.metadata["seconds"])
         return kept
 

@@ -132,3 +132,30 @@ def server(served_model, hf_folder: Path):
 
     with local_server(served_model, hf_folder) as running:
         yield running
+
+
+@pytest.fixture
+def launching(tmp_path, monkeypatch):
+    """An API of Trainer, a launcher that uses it, a job for it, and what the launcher said."""
+    from trainer_api import TrainerApi, run_command
+    from trainjob_cases import RUN, recipe
+
+    from m1.launcher import logs
+    from m1.launcher.cluster import Cluster
+    from m1.launcher.job import StageJob
+    from m1.launcher.trainjob import TrainJobLauncher
+
+    monkeypatch.setattr(logs, "_PAUSE_SECONDS", 0.05)
+    opened = []
+
+    def build(play=run_command, *, stage="pretrain", run=RUN, retry_seconds=5.0, sets=()):
+        api = TrainerApi(tmp_path, play)
+        opened.append(api)
+        cluster = Cluster("team", kubeconfig=str(api.kubeconfig()), retry_seconds=retry_seconds)
+        said = []
+        launcher = TrainJobLauncher(cluster, run=run, say=said.append)
+        return api, launcher, StageJob(stage, recipe(tmp_path, *sets), None, 2), said
+
+    yield build
+    for api in opened:
+        api.close()

@@ -263,7 +263,8 @@ def test_a_client_that_leaves_frees_its_slots(server):
         next(r.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         server.post("/v1/completions", long, timeout=0.3)
-    plain = {"prompt_tokens": [5, 6, 7], "seeds": list(range(64)), "max_new_tokens": 450}
+    plain = {"prompt_tokens": [5, 6], "seeds": [*range(64)], "max_new_tokens": 450}
+    plain["stop_tokens"] = []
     with pytest.raises(httpx.ReadTimeout):
         server.post("/generate", plain, timeout=0.3)
     deadline = time.monotonic() + 60  # busy neighbours
@@ -296,7 +297,8 @@ def test_limits_of_waiting_time_and_size_hold(served_model, hf_folder):
             assert busy.status_code == 429 and busy.headers["retry-after"] == "1"
             assert late.result().status_code == 504
         assert late.result().json()["error"]["type"] == "timeout_error"
-        plain = {"prompt_tokens": [5, 6, 7], "seeds": list(range(64)), "max_new_tokens": 450}
+        plain = {"prompt_tokens": [5, 6], "seeds": [*range(64)], "max_new_tokens": 500}
+        plain["stop_tokens"] = []
         assert server.post("/generate", plain).status_code == 504
         streamed = server.post("/v1/completions", {**long, "stream": True}).text
         assert '"type": "timeout_error"' in streamed and "[DONE]" not in streamed

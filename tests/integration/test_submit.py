@@ -151,6 +151,22 @@ def test_logs_are_the_components_and_those_of_the_job_it_made(api):
         list(follow.stage_logs(core, "kubeflow", run_id, task="sft", stage="sft"))
 
 
+def test_logs_are_found_inside_the_exit_handler_and_of_every_attempt():
+    # Names of nodes as KFP's compiler (argocompiler) and Argo's controller put them together.
+    follow, run = load_pipelines("follow"), {"pipeline_runid": "r"}
+    core = Pods(
+        pod("impl-1", node="m1-x7k2p.root.exit-handler-1.rl.executor(0)", **run),
+        pod("impl-2", node="m1-x7k2p.root.exit-handler-1.rl.executor(1)", **run),
+        pod("driver", node="m1-x7k2p.root.exit-handler-1.rl-driver", **run),
+        pod("longer", node="m1-x7k2p.root.exit-handler-1.rl-2.executor(0)", **run),
+        pod("teardown", node="m1-x7k2p.root.exit-handler-1.onExit.teardown.executor", **run),
+    )
+    lines = list(follow.stage_logs(core, "kubeflow", "r", task="rl", stage="rl"))
+    assert [line for line in lines if line.startswith("==")] == ["== impl-1", "== impl-2"]
+    lines = list(follow.stage_logs(core, "kubeflow", "r", task="rl-2", stage="rl_80000"))
+    assert lines[0] == "== longer"
+
+
 def test_an_expired_token_is_named_without_being_shown(api, monkeypatch):
     monkeypatch.setenv("M1_KFP_TOKEN", "planted-secret")
     error, output = submit()

@@ -2,18 +2,16 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from trainer_api import CRDS, TrainerApi, run_command
+from published_schemas import FOLDERS, schema_of
+from trainjob_cases import HANG, RUN, SERVERS, body_of, program
 
-from m1.config.loading import load_recipe
-from m1.launcher import logs, trainjob
-from m1.launcher.cluster import Cluster, ClusterError
+from m1.launcher import trainjob
+from m1.launcher.cluster import ClusterError
 from m1.launcher.job import RunLabels, StageJob
 from m1.launcher.objects import RUN_LABEL
 from m1.launcher.rollout import surroundings
@@ -21,67 +19,15 @@ from m1.launcher.teardown import tear_down
 from m1.launcher.trainjob import Cancelled, TrainJobLauncher
 from m1.types import M1Error
 
-pytestmark = pytest.mark.skipif(not CRDS.exists(), reason=f"no schemas in {CRDS} (M1_CRDS)")
-RUN = RunLabels("run-1", "monday's run", "high")
-
-
-def program(text):
-    """A pod that runs a Python program; of its first node only, the others wait."""
-
-    def play(job, pod):
-        code = text if pod["index"] == 0 else "import time; time.sleep(600)"
-        log = pod["log"].open("wb")
-        command = [sys.executable, "-u", "-c", code]
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-    return play
-
-
-HANG = program("import time; print('working', flush=True); time.sleep(600)")
+pytestmark = pytest.mark.skipif(
+    schema_of("trainer.kubeflow.org/v1alpha1", "TrainJob") is None,
+    reason=f"no published schema of a TrainJob in {FOLDERS} (M1_CRDS)",
+)
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
-    """An API, a launcher that uses it, a job for it, and what the launcher said."""
-    monkeypatch.setattr(logs, "_PAUSE_SECONDS", 0.05)
-    opened = []
-
-    def build(play=run_command, *, stage="pretrain", run=RUN, retry_seconds=5.0, sets=()):
-        api = TrainerApi(tmp_path, play)
-        opened.append(api)
-        cluster = Cluster("team", kubeconfig=str(api.kubeconfig()), retry_seconds=retry_seconds)
-        said = []
-        launcher = TrainJobLauncher(cluster, run=run, say=said.append)
-        return api, launcher, StageJob(stage, recipe(tmp_path, *sets), None, 2), said
-
-    yield build
-    for api in opened:
-        api.close()
-
-
-def recipe(folder, *sets):
-    volume = f'[{{claim="work", path="{folder}", is_shared=true}}]'
-    return load_recipe(
-        [Path("tests/recipes/mini.toml")],
-        overrides=[
-            f"storage.root={folder}",
-            'image="registry.example.com/m1@sha256:1"',
-            "pretrain.parallel.data=2",
-            "resources.trainer.poll_seconds=0.05",
-            "resources.pretrain.launcher=trainjob",
-            "resources.pretrain.num_nodes=2",
-            "resources.pretrain.num_accelerators=1",
-            "resources.pretrain.memory=64Gi",
-            "resources.pretrain.shared_memory=16Gi",
-            'resources.pretrain.node_selector={"gpu"="h100"}',
-            'resources.pretrain.tolerations=[{key="nvidia.com/gpu", effect="NoSchedule"}]',
-            'resources.pretrain.secrets=[{name="s3", environment={key="S3_KEY"}}]',
-            f"resources.pretrain.volumes={volume}",
-            *sets,
-        ],
-    )
+def make(launching):
+    return launching
 
 
 @pytest.mark.exhaustive  # a whole stage, twice
@@ -253,14 +199,6 @@ def test_a_field_that_trainer_does_not_know_is_refused(make):
     assert api.refused and not api.jobs()
 
 
-SERVERS = [
-    'rl.rollout.urls=["cluster"]',
-    "resources.rollout.min_replicas=2",
-    "resources.rollout.max_replicas=4",
-    "resources.rollout.source=/work/base",
-]
-
-
 def test_inference_servers_stand_around_the_rl_stage_and_are_taken_down(make):
     api, launcher, job, _ = make(HANG, sets=SERVERS)
     cluster = launcher._cluster
@@ -302,18 +240,6 @@ def test_the_exit_handler_deletes_what_a_killed_component_left_and_nothing_else(
     deleted = tear_down(launcher._cluster, "run-1")
     assert len(deleted) == 4 and list(api.kept) == [("trainjobs", "other")]
     assert tear_down(launcher._cluster, "run-1") == () == tear_down(launcher._cluster, "")
-
-
-def body_of(launcher, job):
-    resources = job.recipe.resources
-    return trainjob.objects.train_job(
-        launcher._identity(job),
-        resources.of("pretrain"),
-        resources.trainer,
-        image=job.recipe.image,
-        folder=str(job.folder),
-        num_processes=2,
-    )
 
 
 def is_caught():

@@ -1,6 +1,7 @@
 """Plays a cluster with Kubeflow Trainer for tests of the launcher: an API and a controller.
 
-TrainJobs are held to the published schema, unknown fields refused; its CEL rules are not checked.
+TrainJobs are held to the published schema, what Kubernetes itself knows to its own, unknown fields
+refused; CEL rules are not checked. `rights` is what a Role has to allow for all that was asked.
 Pods are processes here: the controller starts the job's command as Trainer's torch plugin would,
 with PET_* in the environment, and `play` decides what becomes of it. Deployments, Services and
 autoscalers are kept, and become ready when told to.
@@ -20,37 +21,16 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
+import kubernetes_validate
 import yaml
 from json_handler import JsonHandler
+from published_schemas import schema_of
 
-PROJECT = Path(__file__).parents[2]
-CRDS = Path(os.environ.get("M1_CRDS", PROJECT.parent / "shared" / "schemas" / "crds"))
+KUBERNETES = "1.33"
 _ROUTE = re.compile(
-    r"/(?:api|apis/[^/]+)/(?P<version>[^/]+)/namespaces/(?P<space>[^/]+)/(?P<kind>[^/]+)"
+    r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)/namespaces/(?P<space>[^/]+)/(?P<kind>[^/]+)"
     r"(?:/(?P<name>[^/]+))?(?:/(?P<part>[^/]+))?$"
 )
-
-
-def closed(value):
-    """A CRD's schema as JSON schema that refuses what it does not name."""
-    if isinstance(value, list):
-        return [closed(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    made = {key: closed(item) for key, item in value.items()}
-    if value.get("x-kubernetes-int-or-string"):
-        return {"type": ["integer", "string"]}
-    if isinstance(value.get("properties"), dict) and value.get("type") == "object":
-        made.setdefault("additionalProperties", False)
-    return made
-
-
-def schema_of(file):
-    """Schema of the served version of a published definition; its metadata stays open."""
-    (version,) = yaml.safe_load((CRDS / file).read_text())["spec"]["versions"]
-    schema = closed(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object"}
-    return schema
 
 
 def run_command(job, pod):
@@ -74,12 +54,13 @@ class TrainerApi:
 
     def __init__(self, folder, play=run_command):
         self.schema, self.play, self.folder = (
-            schema_of("trainer.kubeflow.org_trainjobs.yaml"),
+            schema_of("trainer.kubeflow.org/v1alpha1", "TrainJob"),
             play,
             Path(folder),
         )
         self.kept = {}  # (kind, name): object
         self.made, self.deleted, self.refused = [], [], []
+        self.rights = set()  # (group, resource, verb)
         self.pods, self.lock = {}, threading.RLock()
         self.trouble, self.are_servers_ready = [], True
         self._closed = threading.Event()
@@ -192,13 +173,15 @@ def _handler(api):
             body, route = self._body(), self._route()
             if route is None or self._is_troubled():
                 return
-            if route["kind"] == "trainjobs":
-                try:
+            try:
+                if route["kind"] == "trainjobs":
                     jsonschema.validate(body, api.schema)
-                except jsonschema.ValidationError as error:
-                    api.refused.append(error.message)
-                    self._answer(422, {"message": error.message})
-                    return
+                else:
+                    kubernetes_validate.validate(body, KUBERNETES, strict=True)
+            except (jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+                api.refused.append(error.message)
+                self._answer(422, {"message": error.message})
+                return
             key = (route["kind"], body["metadata"]["name"])
             with api.lock:
                 if key in api.kept:
@@ -249,6 +232,10 @@ def _handler(api):
                 pod = pods.get(route["name"])
                 self._log(pod) if pod else self._answer(404, {})
                 return
+            if route["name"]:
+                found = api.kept.get(("pods", route["name"]))
+                self._answer(200 if found else 404, found or {"message": "not found"})
+                return
             wanted = self._labels().get("jobset.sigs.k8s.io/jobset-name")
             items = [_pod(n, p) for n, p in pods.items() if wanted in (None, p["job"])]
             self._answer(200, {"items": items})
@@ -286,6 +273,11 @@ def _handler(api):
             found = _ROUTE.match(urlsplit(self.path).path)
             if found is None:
                 self._answer(404, {"message": f"no such path: {self.path}"})
+                return None
+            verbs = {"POST": "create", "DELETE": "delete", "PATCH": "patch"}
+            verb = verbs.get(self.command, "get" if found["name"] else "list")
+            part = f"/{found['part']}" if found["part"] else ""
+            api.rights.add((found["group"] or "", found["kind"] + part, verb))
             return found
 
         def _labels(self):

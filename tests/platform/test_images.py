@@ -197,7 +197,7 @@ def debian(tmp_path_factory):
     ("name", "command", "expected"),
     [
         ("sandbox", "git --version && python3 -c 'print(6 * 7)' && id -u", "42\n65532"),
-        ("ops", "m1 recipe show /opt/m1/project/pipelines/recipes/laptop.toml", 'name = "laptop"'),
+        ("ops", "m1 recipe show /opt/m1/project/pipelines/recipes/laptop.toml", '"name": "laptop"'),
     ],
 )
 def test_an_image_is_built_from_a_debootstrapped_root_and_runs(

@@ -8,6 +8,9 @@ from published_schemas import FOLDERS, schema_of
 from rendering import MANIFESTS, containers, is_builtin, key_of, pod_specs, render
 
 from images.build import COMPONENT, pin, read_lock
+from m1.config.resource_tables import StageResources, TrainerConfig
+from m1.launcher import objects
+from m1.launcher.job import RunLabels
 
 KUBERNETES = ("1.28", "1.33", "1.37")
 OVERLAYS = ("kind", "cluster")
@@ -73,6 +76,26 @@ def test_the_trainer_s_runtime_makes_a_job_set():
     made = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}}
     made["spec"] = item["spec"]["template"]["spec"]
     jsonschema.Draft202012Validator(schema).validate(made)
+
+
+def test_a_trainjob_of_ours_fits_the_runtime_that_it_names():
+    trainer = TrainerConfig()
+    (runtime,) = [i for i in overlay("cluster") if i["kind"] == trainer.runtime_kind]
+    assert runtime["metadata"]["name"] == trainer.runtime
+    identity = objects.Identity("job", "kubeflow", "pretrain", "0" * 64, RunLabels("run"))
+    asked = StageResources(num_nodes=2, shared_memory="16Gi")
+    options = {"image": "m1", "folder": "/scratch/x", "num_processes": 2}
+    made = objects.train_job(identity, asked, trainer, **options)["spec"]
+    (patch,) = made["runtimePatches"]
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    (base,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert job["name"] == base["name"] == objects.NODE
+    (patched,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    (container,) = base["template"]["spec"]["template"]["spec"]["containers"]
+    assert patched["name"] == container["name"] == objects.NODE
+    (queue,) = {i["metadata"]["name"] for i in overlay("cluster") if i["kind"] == "LocalQueue"}
+    assert f"`{trainer.runtime}`" in (MANIFESTS / "README.md").read_text()
+    assert f"`{queue}`" in (MANIFESTS / "README.md").read_text()
 
 
 def test_no_custom_resource_is_forgotten():

@@ -18,6 +18,8 @@ KINDS = ("data", "sandbox", "pretrain", "sft", "rl", "evaluate", "register")
 """Kinds of stages."""
 WITH_LAYOUT = ("pretrain", "sft", "rl")
 """Kinds of stages with a parallel layout."""
+WITH_SANDBOXES = ("rl", "evaluate")
+"""Kinds of stages that run programs nobody trusts."""
 LauncherName = Literal["torchrun", "trainjob"]
 
 
@@ -119,8 +121,9 @@ class StageResources(Config):
 class TrainerConfig(Config):
     """How TrainJobs run."""
 
-    runtime: DnsName = "torch-distributed"
-    """Name of the runtime, which the platform owns: gang scheduling and RDMA are set there."""
+    runtime: DnsName = "m1-torch"
+    """Name of the runtime, which the platform owns: gang scheduling and RDMA are set there. The
+    default is that of manifests/base/trainer."""
     runtime_kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = "ClusterTrainingRuntime"
     """Kind of the runtime."""
     queue: str | None = None
@@ -174,7 +177,7 @@ class SandboxCheckConfig(Config):
     namespace: DnsName = "m1-sandbox"
     """Namespace with a policy that denies all traffic."""
     image: str = "localhost/python:1"
-    """Image of the sandbox that is opened before the stage starts."""
+    """Image of the sandbox that is opened before each of these stages starts in the cluster."""
     runtime_class: str | None = None
     """RuntimeClass of gVisor or Kata."""
 

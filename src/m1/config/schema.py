@@ -121,8 +121,8 @@ class StorageConfig(Config):
     """Where stages keep what they make. Not part of any stage hash."""
 
     root: str = "runs"
-    """Folder, or `s3://bucket/prefix`. With S3, work happens under `scratch` and finished outputs
-    are uploaded."""
+    """Folder, or `s3://bucket/prefix`. With S3, work happens under `scratch`; checkpoints are
+    uploaded as they are made, and outputs when they are finished."""
     scratch: str = "runs"
     """Local folder for work in progress and downloaded inputs when `root` is on S3."""
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from m1.sandbox.base import SandboxError
 from m1.sandbox.pods import ClusterConfig
 from m1.sandbox.podsandbox import load_configuration
 from m1.types import M1Error
@@ -39,9 +40,12 @@ class Cluster:
             kubeconfig: File; None takes the pod's own account, KUBECONFIG or ~/.kube/config.
 
         Raises:
-            M1Error: No cluster is configured.
+            ClusterError: No cluster is configured.
         """
-        self.configuration = load_configuration(ClusterConfig(kubeconfig=kubeconfig))
+        try:
+            self.configuration = load_configuration(ClusterConfig(kubeconfig=kubeconfig))
+        except SandboxError as error:
+            raise ClusterError(str(error)) from error
         from kubernetes import client
 
         self.namespace = namespace or own_namespace()

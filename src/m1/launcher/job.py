@@ -29,7 +29,8 @@ class RunLabels:
     run_name: str = ""
     """Name that a person gave it."""
     priority: str = ""
-    """WorkloadPriorityClass of Kueue."""
+    """WorkloadPriorityClass of Kueue, for TrainJobs, and PriorityClass of Kubernetes, for inference
+    servers; of one name."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What surrounds the rl stage in a cluster: inference servers and a look at the sandboxes.
+"""What surrounds stages in a cluster: the rl stage's inference servers, a look at the sandboxes.
 
-They are made before the stage and taken down after it, whatever happens; a run's exit handler
+Servers are made before the stage and taken down after it, whatever happens; a run's exit handler
 (`teardown`) deletes what a killed component left.
 """
 
@@ -30,15 +30,12 @@ def surroundings(
     run: RunLabels,
     say: Callable[[str], Any] = print,
 ) -> Iterator[str | None]:
-    """Servers and sandboxes of an rl stage, ready; the servers' address, or None without any.
+    """Servers of an rl stage, ready; their address, or None without any.
 
     Raises:
-        M1Error: Servers are not ready in time, or a sandbox cannot be opened.
+        M1Error: They are not ready in time.
     """
     resources = recipe.resources
-    if resources.sandboxes is not None:
-        check_sandboxes(resources.sandboxes)
-        say(f"sandboxes open in namespace {resources.sandboxes.namespace}")
     if resources.rollout is None:
         yield None
         return
@@ -77,16 +74,20 @@ def check_sandboxes(config: SandboxCheckConfig) -> None:
     Raises:
         M1Error: The namespace does not isolate, or no sandbox opens there.
     """
+    from m1.sandbox.base import SandboxError
     from m1.sandbox.kubernetes import KubernetesBackend
     from m1.sandbox.pods import ClusterConfig
 
-    backend = KubernetesBackend(
-        ClusterConfig(
-            namespace=config.namespace, image=config.image, runtime_class=config.runtime_class
-        )
+    where = ClusterConfig(
+        namespace=config.namespace, image=config.image, runtime_class=config.runtime_class
     )
-    with backend.open() as sandbox:
-        done = sandbox.exec(["true"])
+    try:
+        with KubernetesBackend(where).open() as sandbox:
+            done = sandbox.exec(["true"])
+    except SandboxError as error:
+        raise M1Error(
+            f"no sandbox opens in namespace {config.namespace} (resources.sandboxes): {error}"
+        ) from error
     if done.exit_code != 0:
         raise M1Error(
             f"a sandbox in namespace {config.namespace} ends `true` with {done.exit_code}: "

@@ -1,10 +1,10 @@
 """The rl stage's inference servers as Kubernetes objects: pure functions."""
 
+import math
 from typing import Any
 
 from m1.config.resource_tables import RolloutDeploymentConfig
 from m1.launcher.objects import (
-    PRIORITY_LABEL,
     Identity,
     amounts,
     environment,
@@ -15,21 +15,41 @@ from m1.launcher.objects import (
 
 SELECTOR_LABEL = "m1/rollout"
 METRIC = "m1_pending_completions"
+_USER = 65532
+_DRAIN_SECONDS = 90
+"""Longer than `m1 serve` lets open requests finish after SIGTERM."""
 
 
 def deployment(
     config: RolloutDeploymentConfig, identity: Identity, *, image: str
 ) -> dict[str, Any]:
-    """`m1 serve` in `min_replicas` pods; an autoscaler may make more."""
-    pod = placement(config.resources)
-    pod["containers"] = [_container(config, image)]
+    """`m1 serve` in `min_replicas` pods; an autoscaler may make more.
+
+    The pods meet the restricted Pod Security Standard, as those of manifests/base/rollout do.
+    """
+    pod = placement(config.resources) | {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": _DRAIN_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(config, image)],
+    }
+    pod["volumes"] = [*pod.get("volumes", ()), {"name": "tmp", "emptyDir": {}}]
+    if identity.run.priority:
+        pod["priorityClassName"] = identity.run.priority
     labels = labels_of(identity) | {SELECTOR_LABEL: identity.name}
-    own = labels | ({PRIORITY_LABEL: identity.run.priority} if identity.run.priority else {})
     annotations = {"prometheus.io/scrape": "true", "prometheus.io/port": str(config.port)}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(identity, own),
+        "metadata": _metadata(identity, labels),
         "spec": {
             "replicas": config.min_replicas,
             "selector": {"matchLabels": {SELECTOR_LABEL: identity.name}},
@@ -92,19 +112,32 @@ def _metadata(identity: Identity, labels: dict[str, str]) -> dict[str, Any]:
 
 def _container(config: RolloutDeploymentConfig, image: str) -> dict[str, Any]:
     arguments = ["serve", config.source, "--host", "0.0.0.0", "--port", str(config.port)]
-    probe = {"httpGet": {"path": "/health", "port": config.port}, "periodSeconds": 5}
-    container: dict[str, Any] = {
+    probe = {
+        "httpGet": {"path": "/health", "port": "http"},
+        "periodSeconds": 5,
+        "timeoutSeconds": 5,
+    }
+    return {
         "name": "serve",
         "image": image,
         "command": ["m1"],
         "args": [*arguments, *config.options],
-        "env": environment(config.resources, {}),
+        "env": environment(config.resources, {"HOME": "/tmp"}),
         "ports": [{"name": "http", "containerPort": config.port}],
+        # Until the weights are loaded; after so long the stage has given up.
+        "startupProbe": {**probe, "failureThreshold": math.ceil(config.start_seconds / 5)},
         "readinessProbe": probe,
-        # A server that loads weights answers late, not never.
-        "livenessProbe": {**probe, "initialDelaySeconds": 600, "failureThreshold": 24},
+        # /health fails when the engine has, not when it is busy.
+        "livenessProbe": {
+            **probe,
+            "periodSeconds": 20,
+            "failureThreshold": 6,
+        },
         "resources": amounts(config.resources),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [*mounts(config.resources), {"name": "tmp", "mountPath": "/tmp"}],
     }
-    if mounts(config.resources):
-        container["volumeMounts"] = mounts(config.resources)
-    return container

@@ -21,10 +21,11 @@ def tear_down(cluster: Cluster, run_id: str) -> tuple[str, ...]:
     place = (objects.GROUP, objects.VERSION, space, objects.PLURAL)
     custom = cluster.objects
     jobs: Any = cluster.calling(
-        lambda: custom.list_namespaced_custom_object(*place, label_selector=selector)
+        lambda: custom.list_namespaced_custom_object(*place, label_selector=selector),
+        is_missing_ok=True,  # a cluster without Trainer
     )
     deleted = []
-    for job in jobs["items"]:
+    for job in jobs["items"] if jobs is not None else ():
         name = job["metadata"]["name"]
         cluster.calling(
             lambda name=name: custom.delete_namespaced_custom_object(  # type: ignore[misc]

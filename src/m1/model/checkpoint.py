@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,16 @@ def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step_{step:08d}"
 
 
-def prune(parent: Path, *, keep: int) -> None:
+def prune(parent: Path, *, keep: int, needed: Collection[Path] = ()) -> None:
     """Remove all but the newest `keep` checkpoints, and leftovers of interrupted writes.
+
+    Those that are `needed` stay, until another call.
 
     Among several ranks the first one does it.
     """
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     found = sorted(p for p in parent.glob("step_*") if (p / MARKER).exists())
-    for path in [*found[:-keep], *parent.glob(".step_*.partial")]:
+    old = [path for path in found[:-keep] if path not in needed]
+    for path in [*old, *parent.glob(".step_*.partial")]:
         shutil.rmtree(path, ignore_errors=True)

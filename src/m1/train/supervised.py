@@ -16,6 +16,7 @@ from m1.data.packing import PackedRows
 from m1.data.tokenizer import Tokenizer
 from m1.model import checkpoint
 from m1.model.parallel import initialize
+from m1.model.saving import MARKER
 from m1.stage import StageContext, StageOutput
 from m1.storage import open_storage
 from m1.train.batches import row_batches, rows_of_step
@@ -59,9 +60,17 @@ def _given(context: StageContext, start: str) -> Path:
     folder = context.folder / "start"
     with FileLock(context.folder / ".start.lock"):  # ranks ask at once
         if not folder.exists():
-            root, _, name = start.rstrip("/").rpartition("/")
-            open_storage(root).download_folder(name, folder)
-    return checkpoint.inside(folder)
+            try:
+                open_storage(start.rstrip("/")).download_folder("", folder)
+            except FileNotFoundError as error:
+                raise M1Error(
+                    f"pretrain.start is {start}, but {error}; name the folder of a checkpoint"
+                ) from None
+    try:
+        return checkpoint.inside(folder)
+    except M1Error as error:
+        shutil.rmtree(folder, ignore_errors=True)  # fetched anew when it was mended
+        raise M1Error(f"pretrain.start is {start}, but {error}") from None
 
 
 def make_trainer(
@@ -141,6 +150,7 @@ def resume(context: StageContext, trainer: Trainer, *, start: Start | None) -> d
     Returns:
         What was saved with the checkpoint: the step to go on from, and what `save` was given.
     """
+    context.restore(marker=MARKER)
     found = checkpoint.latest(context.checkpoints)
     if found is None and start is not None:
         trainer.load_weights(start())
@@ -156,17 +166,22 @@ def save(
     step: int,
     **state: object,
 ) -> None:
-    """Write a resumable checkpoint, in the background if the recipe says so, and drop old ones."""
+    """Write a resumable checkpoint, in the background if the recipe says so, and drop old ones.
+
+    With S3 it is sent there too, always in the background.
+    """
     folder = checkpoint.step_folder(context.checkpoints, step)
 
-    def prune() -> None:
-        checkpoint.prune(context.checkpoints, keep=config.keep_checkpoints)
+    def then() -> None:
+        keep = config.keep_checkpoints
+        needed = context.back_up(folder, marker=MARKER, keep=keep)
+        checkpoint.prune(context.checkpoints, keep=keep, needed=needed)
 
     if config.async_save:
-        trainer.save_in_background(folder, {"step": step, **state}, then=prune)
+        trainer.save_in_background(folder, {"step": step, **state}, then=then)
     else:
         trainer.save(folder, {"step": step, **state})
-        prune()
+        then()
 
 
 def publish(context: StageContext, trainer: Trainer, step: int, **metadata: object) -> StageOutput:

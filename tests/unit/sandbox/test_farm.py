@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def until(test, seconds=20):
     while not test():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_prometheus_reads_the_numbers_of_an_open_farm(make_farm):
+    farm = make_farm(max_sandboxes=1, metrics_port=0)
+    with farm.lease(limits=LIMITS) as sandbox:
+        sandbox.exec(["true"])
+        page = f"http://127.0.0.1:{farm.metrics_port}/metrics"
+        text = urllib.request.urlopen(page, timeout=10).read().decode()
+    assert 'm1_sandbox_leased{backend="bubblewrap"} 1.0' in text
+    assert 'm1_sandbox_exec_seconds_count{backend="bubblewrap"} 1.0' in text
+    with pytest.raises(SandboxError, match=f"served at port {farm.metrics_port}"):
+        make_farm(metrics_port=farm.metrics_port)
+    farm.close()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(page, timeout=10)
 
 
 def test_never_more_sandboxes_are_open_than_allowed(make_farm):

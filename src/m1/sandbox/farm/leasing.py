@@ -18,7 +18,7 @@ from m1.sandbox.base import (
     SandboxError,
 )
 from m1.sandbox.farm.lease import Lease
-from m1.sandbox.farm.metrics import FarmMetrics
+from m1.sandbox.farm.metrics import FarmMetrics, MetricsPage
 from m1.sandbox.farm.warm import WarmPool
 
 _KEEPER_SECONDS = 0.5
@@ -44,6 +44,9 @@ class FarmConfig:
     """How long a sandbox may be held."""
     heartbeat_seconds: float = 300.0
     """A cluster ends what was not renewed for three times as long."""
+    metrics_port: int | None = None
+    """Where Prometheus reads the farm's numbers, at `/metrics` of every address; 0: a free port,
+    None: nowhere."""
 
 
 class Farm(ClosedAtExit):
@@ -65,6 +68,9 @@ class Farm(ClosedAtExit):
             backend: What opens sandboxes.
             config: Sizes.
             metrics: Where to count; own ones otherwise.
+
+        Raises:
+            SandboxError: The port of the metrics is taken.
         """
         self.config = config or FarmConfig()
         self.backend = backend
@@ -80,6 +86,8 @@ class Farm(ClosedAtExit):
             size=self.config.num_warm,
             max_environments=self.config.max_warm_environments,
         )
+        port = self.config.metrics_port
+        self._page = None if port is None else MetricsPage(self.metrics, port)
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="sandbox-keeper", daemon=True)
         self._keeper.start()
@@ -128,6 +136,11 @@ class Farm(ClosedAtExit):
         return held
 
     @property
+    def metrics_port(self) -> int | None:
+        """Where the farm's numbers are read; None: nowhere."""
+        return None if self._page is None else self._page.port
+
+    @property
     def name(self) -> str:
         """The backend's."""
         return self.backend.name
@@ -152,6 +165,8 @@ class Farm(ClosedAtExit):
             held.close()
         self._keeper.join()
         self._warm.close()
+        if self._page is not None:
+            self._page.close()
 
     def released(self, held: Lease) -> None:
         """Make room for the next; called by the lease."""

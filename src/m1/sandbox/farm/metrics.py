@@ -1,6 +1,8 @@
 """What a farm tells Prometheus."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from m1.sandbox.base import SandboxError
 
 _SHORT = (0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _LONG = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 1800)
@@ -46,3 +48,31 @@ class FarmMetrics:
         """One number, 0 where nothing was counted yet."""
         found = self.registry.get_sample_value(name, {"backend": self._backend, **labels})
         return found or 0.0
+
+
+class MetricsPage:
+    """An HTTP server of one farm's numbers."""
+
+    def __init__(self, metrics: FarmMetrics, port: int) -> None:
+        """Serve.
+
+        Args:
+            metrics: What is shown.
+            port: On every address; 0 takes a free one.
+
+        Raises:
+            SandboxError: The port is taken.
+        """
+        try:
+            self._server, self._thread = start_http_server(port, registry=metrics.registry)
+        except OSError as error:
+            raise SandboxError(
+                f"the farm's metrics cannot be served at port {port}: {error}; choose another one"
+            ) from error
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Serve no more."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
