@@ -7,8 +7,12 @@ import shlex
 import shutil
 import socket as sockets
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+
+from filelock import FileLock
 
 from m1.storage.disk import atomic_write
 from m1.types import M1Error
@@ -111,8 +115,31 @@ def write_program(
     atomic_write(folder / "programs" / f"{name}.conf", text.encode())
 
 
-def choose_ports() -> dict[str, int]:
-    """Free ports, the usual ones where they are; a gRPC port lies 10,000 above each."""
+_GRPC = 10_000
+"""How far SeaweedFS puts the gRPC port above each of its ports."""
+
+
+def claim_ports(folder: Path) -> None:
+    """Write a folder's `services.json` once: ports that neither programs nor other folders have.
+
+    Folders whose services are down keep theirs; a list in the machine's temporary folder says which
+    folders there are.
+    """
+    listed = Path(tempfile.gettempdir()) / f"m1-services-{os.getuid()}.json"
+    with FileLock(listed.with_suffix(".lock")):
+        known = json.loads(listed.read_text()) if listed.exists() else []
+        own = folder / "services.json"
+        others = {Path(name) / own.name for name in known} - {own}
+        alive = sorted(path for path in others if path.is_file())
+        if not own.exists():
+            taken = {port for path in alive for port in json.loads(path.read_text()).values()}
+            atomic_write(own, json.dumps(_choose_ports(taken)).encode())
+        names = [str(path.parent) for path in (*alive, own)]
+        atomic_write(listed, json.dumps(names).encode())
+
+
+def _choose_ports(taken: AbstractSet[int]) -> dict[str, int]:
+    """Free ports, the usual ones where they are."""
     wanted = {
         "s3": 8333,
         "mlflow": 5000,
@@ -122,10 +149,12 @@ def choose_ports() -> dict[str, int]:
         "s3_filer": 8888,
     }
     chosen: dict[str, int] = {}
+    used = {*taken, *(port + _GRPC for port in taken)}
     for name, port in wanted.items():
-        while port in chosen.values() or not (_is_free(port) and _is_free(port + 10_000)):
+        while used & {port, port + _GRPC} or not (_is_free(port) and _is_free(port + _GRPC)):
             port = 20_000 + secrets.randbelow(20_000)
         chosen[name] = port
+        used |= {port, port + _GRPC}
     return chosen
 
 

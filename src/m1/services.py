@@ -29,14 +29,13 @@ from typing import Any
 from m1.service_files import (
     ACCESS_KEY,
     SECRET_KEY,
-    choose_ports,
+    claim_ports,
     write_configuration,
     write_mlflow,
     write_program,
     write_s3,
     write_secret,
 )
-from m1.storage.disk import atomic_write
 from m1.types import M1Error
 
 BUCKET = "m1-store"
@@ -186,8 +185,7 @@ class Services:
             path = self.folder / "secrets" / name
             if not path.exists():
                 write_secret(path, secrets.token_hex(20))
-        if not (self.folder / "services.json").exists():
-            atomic_write(self.folder / "services.json", json.dumps(choose_ports()).encode())
+        claim_ports(self.folder)
         write_configuration(self.folder, self._socket)
         write_s3(self.folder, self.ports)
         write_mlflow(self.folder, self.ports, artifacts=f"s3://{BUCKET}/mlflow")

@@ -1,11 +1,15 @@
 import configparser
+import json
 import shlex
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 
-from m1.service_files import choose_ports, write_configuration, write_program, write_s3
+from m1.service_files import claim_ports, write_configuration, write_program, write_s3
 from m1.storage import LocalStorage
 
 
@@ -51,16 +55,33 @@ def test_keys_of_the_s3_server_stand_in_files_of_this_user_only(tmp_path):
         (tmp_path / name).mkdir()
     for name in ("access_key", "secret_key"):
         (tmp_path / "secrets" / name).write_text(f"the-{name}")
-    write_s3(tmp_path, choose_ports())
+    claim_ports(tmp_path)
+    write_s3(tmp_path, json.loads((tmp_path / "services.json").read_text()))
     for name in ("s3.json", "aws"):
         path = tmp_path / "secrets" / name
         assert path.stat().st_mode & 0o777 == 0o600 and "the-secret_key" in path.read_text()
     assert "the-" not in (tmp_path / "programs" / "s3.conf").read_text()
 
 
-def test_ports_are_distinct():
-    ports = choose_ports()
-    assert len(set(ports.values())) == len(ports)
+def claimed(folder):
+    folder.mkdir(exist_ok=True)
+    claim_ports(folder)
+    ports = json.loads((folder / "services.json").read_text()).values()
+    return {*ports, *(port + 10_000 for port in ports)}
+
+
+def test_folders_have_distinct_ports_and_keep_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(claimed, [tmp_path / name for name in "abcd"]))
+    assert len(set().union(*found)) == 4 * 12
+    assert claimed(tmp_path / "b") == found[1]
+    (tmp_path / "a" / "services.json").unlink()  # what is gone has no claim
+    listed = json.loads(next(tmp_path.glob("m1-services-*.json")).read_text())
+    assert len(listed) == 4
+    claimed(tmp_path / "b")
+    listed = json.loads(next(tmp_path.glob("m1-services-*.json")).read_text())
+    assert sorted(Path(name).name for name in listed) == ["b", "c", "d"]
 
 
 def test_a_file_is_created_once_and_a_lock_has_one_holder(tmp_path):
