@@ -79,7 +79,8 @@ def _title(pointer: Pointer) -> str:
 
 def _origin(pointer: Pointer) -> list[str]:
     found: dict[str, Any] = dict(lineage_of(pointer))
-    lines = [f"{kind} {found[kind]}" for kind in ("code", "image", "config") if found.get(kind)]
+    kinds = ("code", "image", "container", "config")
+    lines = [f"{kind} {found[kind]}" for kind in kinds if found.get(kind)]
     lines += [f"dataset {name} {digest}" for name, digest in found.get("datasets", {}).items()]
     run = pointer.metadata.get("mlflow_run_id")
     return [*lines, *([f"MLflow run {run}"] if run else [])]

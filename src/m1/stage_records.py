@@ -30,7 +30,8 @@ def origin(
 
     Returns:
         `inputs` (uri, digest, stage hash, model by stage), `code` (commit), `image` (its digest, or
-        that of the sources), `config` (sha256 of the stage's slice of the recipe), `datasets`.
+        that of the sources), `container` (the recipe's image, in a cluster), `config` (sha256 of
+        the stage's slice of the recipe), `datasets`.
     """
     read = {
         name: {
@@ -46,6 +47,7 @@ def origin(
         "inputs": read,
         "code": os.environ.get("M1_GIT_COMMIT", ""),
         "image": image_digest(),
+        "container": recipe.image if "KUBERNETES_SERVICE_HOST" in os.environ else "",
         "config": hashlib.sha256(config).hexdigest(),
         "datasets": {name: short_digest(digest) for name, digest in datasets.items()},
     }

@@ -90,8 +90,8 @@ def follow(target: str, *, uri: str) -> Chain:
 
 
 def origins(pointers: Iterable[Pointer]) -> dict[str, tuple[str, ...]]:
-    """Distinct code versions and images of some outputs, by `code` and `image`."""
-    found: dict[str, dict[str, None]] = {"code": {}, "image": {}}
+    """Distinct code versions and images of some outputs, by `code`, `image` and `container`."""
+    found: dict[str, dict[str, None]] = {"code": {}, "image": {}, "container": {}}
     for pointer in pointers:
         for kind, values in found.items():
             value = lineage_of(pointer).get(kind)
