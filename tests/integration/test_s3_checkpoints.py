@@ -25,22 +25,25 @@ from m1.storage import open_storage
 ROOT = Path(__file__).parents[2]
 MINI = ROOT / "tests/recipes/mini.toml"
 MARKER = "complete.json"
+NUM_STEPS = {"pretrain": 10, "rl": 6}
+BEFORE = {"pretrain": ["data"], "rl": ["data", "pretrain", "sft"]}
 
 
 def recipe_on(root, scratch):
-    sets = [f"storage.root={root}", f"storage.scratch={scratch}", "pretrain.num_steps=10"]
+    sets = [f"storage.root={root}", f"storage.scratch={scratch}"]
+    sets += [f"pretrain.num_steps={NUM_STEPS['pretrain']}", f"rl.num_steps={NUM_STEPS['rl']}"]
     records = f"tracking.uri=sqlite:///{Path(scratch).parent}/mlflow.db"
     return load_recipe([MINI], overrides=[*sets, records])
 
 
-def kill_with_a_checkpoint_on_s3(root, scratch, storage):
-    """SIGKILL in the middle of pretraining, once a checkpoint is complete on S3."""
+def kill_with_a_checkpoint_on_s3(stage, root, scratch, storage):
+    """SIGKILL in the middle of a stage, once a checkpoint is complete on S3."""
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_s3_checkpoints import recipe_on
 from m1.launch import run_stage
-run_stage("pretrain", recipe_on({root!r}, {str(scratch)!r}))
+run_stage({stage!r}, recipe_on({root!r}, {str(scratch)!r}))
 """
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as this process has
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=one)
@@ -52,14 +55,18 @@ run_stage("pretrain", recipe_on({root!r}, {str(scratch)!r}))
     process.wait()
 
 
-def test_a_killed_stage_goes_on_from_s3_on_an_empty_disk_to_the_same_weights(s3_bucket, tmp_path):
+@pytest.mark.parametrize("stage", ["pretrain", pytest.param("rl", marks=pytest.mark.exhaustive)])
+def test_a_killed_stage_goes_on_from_s3_on_an_empty_disk_to_the_same_weights(
+    stage, s3_bucket, tmp_path
+):
     root = f"s3://{s3_bucket}/runs"
     storage = open_storage(root)
-    run_stage("data", recipe_on(root, tmp_path / "one"))
-    kill_with_a_checkpoint_on_s3(root, tmp_path / "one", storage)
+    for earlier in BEFORE[stage]:
+        run_stage(earlier, recipe_on(root, tmp_path / "one"))
+    kill_with_a_checkpoint_on_s3(stage, root, tmp_path / "one", storage)
     shutil.rmtree(tmp_path / "one")  # the pod's disk
     recipe = recipe_on(root, tmp_path / "two")
-    assert "pretrain" not in finished_stages(recipe)
+    assert stage not in finished_stages(recipe)
     killed = time.time()
     marker = max(k for k in storage.list("stages") if "/checkpoints/" in k and k.endswith(MARKER))
     place, by, name = marker.rsplit("/", 3)[:3]
@@ -68,17 +75,17 @@ def test_a_killed_stage_goes_on_from_s3_on_an_empty_disk_to_the_same_weights(s3_
         if not key.endswith((MARKER, ".distcp")):
             storage.write_bytes(key.replace(name, "step_00000012"), storage.read_bytes(key))
 
-    resumed = run_stage("pretrain", recipe)
+    resumed = run_stage(stage, recipe)
     lines = storage.read_bytes(f"{resumed.uri.removeprefix(root)[1:-7]}/metrics.jsonl")
     rows = [json.loads(line) for line in lines.splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS[stage] + 1))
     repeated = [row["step"] for row in rows if row["time"] > killed]
     assert repeated[0] == int(name.removeprefix("step_")) + 1
     assert not storage.list(place)  # finished: none is needed any more
     found = weights(resumed, tmp_path)
 
     storage.remove_folder(place.rpartition("/")[0])
-    whole = run_stage("pretrain", recipe_on(root, tmp_path / "three"))
+    whole = run_stage(stage, recipe_on(root, tmp_path / "three"))
     expected = weights(whole, tmp_path)
     assert len(expected) > 40 and found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

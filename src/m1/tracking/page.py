@@ -109,9 +109,7 @@ def _details(pointer: Pointer, pointers: Mapping[str, Pointer]) -> dict[str, Any
         "pointer": pointer,
         "ids": ids,
         "others": {key: text for key, text in others.items() if len(text) <= 400},
-        "origin": {
-            k: lineage_of(pointer).get(k) for k in ("code", "image", "container", "config")
-        },
+        "origin": {k: lineage_of(pointer).get(k) for k in ("code", "image", "container", "config")},
         "datasets": lineage_of(pointer).get("datasets", {}),
         "reads": list(parents_among(pointer.stage, pointers)) if in_order([pointer.stage]) else [],
     }
