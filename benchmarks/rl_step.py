@@ -60,6 +60,7 @@ def recipe_of(options: argparse.Namespace, *, seed: int, num_steps: int) -> Reci
         "storage.root": options.root,
         "seed": seed,
         "rl.rollout.mode": "sync",
+        "rl.rollout.num_workers": 0,
         "rl.num_steps": num_steps,
         "rl.dynamic_sampling.enabled": "false",
         "rl.checkpoint_every_steps": 1000,
