@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from m1.config.loading import load_recipe
-from m1.data.tokenizer import adopt_tokenizer
 from m1.model.hf.convert import convert as convert_model
 
 _GB = 10**9
@@ -67,6 +66,8 @@ def tokenizer(
 
     Its own special tokens are renamed, so that the model's embedding stays as it is.
     """
+    from m1.data.tokenizer import adopt_tokenizer  # a client of a cluster does without tokenizers
+
     pairs = [name.partition("=") for name in rename or []]
     if wrong := [theirs for theirs, sign, ours in pairs if not (theirs and sign and ours)]:
         raise typer.BadParameter(f"{' '.join(wrong)} must have the form THEIRS=OURS")
