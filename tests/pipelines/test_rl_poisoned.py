@@ -65,7 +65,8 @@ def lying(url):
             self._answer(200, httpx.get(url + self.path).json())
 
         def do_POST(self):
-            answer = httpx.post(url + self.path, content=self._raw(), timeout=600)
+            form = {"Content-Type": "application/json"}
+            answer = httpx.post(url + self.path, content=self._raw(), headers=form, timeout=600)
             body = json.loads(answer.content)
             if self.path == "/generate" and answer.is_success:
                 with lock:
@@ -97,11 +98,14 @@ def test_a_lying_worker_costs_no_more_than_what_it_lied_about(first_run):
         pointer = run_stage("rl", stage)
     folder = stage_folder("rl", stage)
     metrics = [line["metrics"] for line in read_metrics(folder / METRICS)]
-    assert [m.get("rl/updates", 0) for m in metrics] == [2, 0, 2, 2]
+    # The third step's numbers are finite, and what follows from them is not: an alarm leaves it out.
+    assert [m.get("rl/updates", 0) for m in metrics] == [2, 0, 0, 2]
     assert [m["rl/failed_rollouts"] for m in metrics] == [4, 16, 0, 0]
-    assert pointer.step == 6
+    assert metrics[2]["rl/mismatch_ratio_max"] == math.inf
+    assert metrics[3]["rl/mismatch_ratio_max"] < 1 + 1e-3
+    assert pointer.step == 4
     told = (folder / WARNINGS).read_text()
     assert "impossible_logprobs 1, lengths_differ 1, no_tokens 1, unknown_tokens 1" in told
-    assert "impossible_logprobs 16" in told
-    assert "no update in this step" in told
-    assert metrics[2]["rl/mismatch_ratio_max"] > 1e3 > metrics[3]["rl/mismatch_ratio_max"]
+    assert "no update in this step: no group could be scored: 16 of 16" in told
+    assert "rl/mismatch_kl_nats is inf" in told
+    assert "no update in this step: an alarm left the updates out" in told
