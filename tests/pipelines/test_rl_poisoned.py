@@ -98,7 +98,7 @@ def test_a_lying_worker_costs_no_more_than_what_it_lied_about(first_run):
         pointer = run_stage("rl", stage)
     folder = stage_folder("rl", stage)
     metrics = [line["metrics"] for line in read_metrics(folder / METRICS)]
-    # The third step's numbers are finite, and what follows from them is not: an alarm leaves it out.
+    # What came in the third step is finite, what follows from it is not: an alarm leaves it out.
     assert [m.get("rl/updates", 0) for m in metrics] == [2, 0, 0, 2]
     assert [m["rl/failed_rollouts"] for m in metrics] == [4, 16, 0, 0]
     assert metrics[2]["rl/mismatch_ratio_max"] == math.inf
