@@ -109,10 +109,17 @@ def adopt_tokenizer(source: Path, folder: Path, renames: Mapping[str, str]) -> N
         renames: Name of one of its special tokens to one of `SPECIAL_TOKENS`.
 
     Raises:
-        M1Error: A name is not among its special tokens or ours, or one of ours is still missing.
+        M1Error: A name is not among its special tokens or ours, one of ours would be missing, there
+            twice, or a plain token too; nothing is written then.
     """
     data = json.loads(tokenizer_json(source).read_text(encoding="utf-8"))
+    vocabulary = data["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        kind = data["model"].get("type", "unknown")
+        raise M1Error(f"the tokenizer in {source} is of kind {kind}; only BPE ones can be adopted")
     added = {token["content"]: token for token in data["added_tokens"] if token["special"]}
+    plain = {token["content"] for token in data["added_tokens"]} | vocabulary.keys()
+    plain -= added.keys()
     unknown = [name for name in renames if name not in added]
     foreign = [name for name in renames.values() if name not in SPECIAL_TOKENS]
     kept = [name for name in SPECIAL_TOKENS if name in added and name not in renames]
@@ -126,15 +133,16 @@ def adopt_tokenizer(source: Path, folder: Path, renames: Mapping[str, str]) -> N
         problems.append(f"{' '.join(missing)} would be missing; rename a token to each")
     if twice := sorted({name for name in have if have.count(name) > 1}):
         problems.append(f"{' '.join(twice)} would be there twice")
+    if taken := [name for name in SPECIAL_TOKENS if name in plain]:
+        mend = 'mark them "special": true in its added_tokens'
+        problems.append(f"{' '.join(taken)} are plain tokens of it; {mend}")
     if problems:
         free = [name for name in added if name not in renames and name not in kept]
         problems.append(f"its special tokens are {' '.join(free) or 'all taken'}")
         raise M1Error(f"the tokenizer in {source} cannot be adopted: " + "; ".join(problems))
-    vocabulary = data["model"]["vocab"]
     for name, ours in renames.items():
         added[name]["content"] = ours
-        if name in vocabulary:
-            vocabulary[ours] = vocabulary.pop(name)
+    data["model"]["vocab"] = {renames.get(name, name): i for name, i in vocabulary.items()}
     _write(folder, json.dumps(data, ensure_ascii=False))
     Tokenizer(folder)
 

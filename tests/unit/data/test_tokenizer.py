@@ -167,6 +167,31 @@ def test_an_adopted_tokenizer_keeps_its_ids_and_gets_our_names(foreign, tmp_path
     assert turns == "<|user|>a<|end|>"
 
 
+def test_special_tokens_can_change_places(foreign, tmp_path):
+    adopt_tokenizer(foreign, tmp_path / "ours", RENAMES)
+    swapped = {"<|user|>": "<|end|>", "<|end|>": "<|user|>"}
+    adopt_tokenizer(tmp_path / "ours", tmp_path / "swapped", swapped)
+    before, after = Tokenizer(tmp_path / "ours"), Tokenizer(tmp_path / "swapped")
+    assert (after.user, after.end) == (before.end, before.user)
+    assert after.vocab_size == before.vocab_size
+
+
+def test_a_plain_token_of_our_name_and_another_kind_of_tokenizer_are_refused(foreign, tmp_path):
+    path = foreign / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (row,) = [row for row in content["added_tokens"] if row["content"] == "<unused3>"]
+    row.update(content="<think>", special=False)
+    content["model"]["vocab"]["<think>"] = content["model"]["vocab"].pop("<unused3>")
+    path.write_text(json.dumps(content))
+    with pytest.raises(M1Error, match='<think> are plain tokens of it; mark them "special": true'):
+        adopt_tokenizer(foreign, tmp_path / "ours", RENAMES)
+    content["model"].update(type="Unigram", vocab=[["a", 0.0]])
+    path.write_text(json.dumps(content))
+    with pytest.raises(M1Error, match="of kind Unigram; only BPE"):
+        adopt_tokenizer(foreign, tmp_path / "ours", RENAMES)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_renames_that_do_not_fit_are_refused_all_at_once(foreign, tmp_path):
     renames = {**RENAMES, "<absent>": "<|pad|>", "<|im_start|>": "<|system|>"}
     renames.pop("<unused6>")
