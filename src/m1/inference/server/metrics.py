@@ -30,7 +30,7 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.first_token = Histogram(
-            "m1_first_token_seconds", "Seconds from a request to its first token.",
+            "m1_first_token_seconds", "Seconds to the first token; of /generate none.",
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         core = loop.core
