@@ -2,26 +2,16 @@
 
 import pytest
 import torch
+from gpu_workers import MODEL, VOCAB
 
-from m1.config.schema import ModelConfig, MoeConfig, OptimizerConfig, ParallelConfig
+from m1.config.schema import MoeConfig, OptimizerConfig, ParallelConfig
 from m1.inference.core import EngineCore
 from m1.inference.limits import EngineLimits
 from m1.inference.params import SamplingParams
 from m1.plan.memory import Decoding, decoding_bytes
 
-VOCAB = 512
-CONFIG = ModelConfig(
-    num_layers=8,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rotary_dim=32,
-    moe=MoeConfig(num_experts=8, top_k=2, ffn_hidden_size=256, aux_loss_coefficient=0.0),
-    max_position=4096,
-    init_std=0.05,
-    precision="bf16",
-)
+EXPERTS = MoeConfig(num_experts=8, top_k=2, ffn_hidden_size=256, aux_loss_coefficient=0.0)
+CONFIG = MODEL.model_copy(update={"moe": EXPERTS, "max_position": 4096, "init_std": 0.05})
 
 
 @pytest.fixture(scope="module")

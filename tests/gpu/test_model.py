@@ -7,20 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_workers import MODEL
 from reference_worker import LENGTHS, VOCAB, tokens
 
-from m1.config.schema import ModelConfig, MoeConfig
+from m1.config.schema import MoeConfig
 
-CONFIG = ModelConfig(
-    num_layers=8,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rotary_dim=32,
-    moe=MoeConfig(num_experts=8, top_k=2, ffn_hidden_size=256),
-    max_position=512,
-    init_std=0.05,
+EXPERTS = MoeConfig(num_experts=8, top_k=2, ffn_hidden_size=256)
+CONFIG = MODEL.model_copy(
+    update={"moe": EXPERTS, "max_position": 512, "init_std": 0.05, "precision": "fp32"}
 )
 
 
